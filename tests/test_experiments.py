@@ -1,0 +1,578 @@
+"""Configs, the training loop, checkpoints and records."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from zo_tutorial.data import DataError, mnist
+from zo_tutorial.experiments import Config, ExperimentError, load_config, load_record, run
+from zo_tutorial.experiments import config as schema
+from zo_tutorial.experiments.checkpoint import load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.record import FIELDS
+from zo_tutorial.experiments.train import accuracy
+from zo_tutorial.models import MNIST_FC
+
+SHIPPED = {
+    f"MNIST/{name}"
+    for name in [f"{net}/{run}" for net in ("FC", "TTM") for run in "FO SGD SCD SCD_batch SCD_esti STP mix".split()]
+    + "TT/FO TT/SGD TT/SCD TTM/GraSP/FO TTM/GraSP/SCD CNN/FO CNN/SCD_esti".split()
+    + "TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
+}
+# A net of 4 hidden units of which 317 of 3,176 weights are left, 4 steps an epoch.
+SMALL = """
+model: {name: MNIST_FC, hidden: 4}
+pruning: {target_ratio: 0.9, per_class: 5}
+optimizer: {name: FO, lr: 0.05}
+training: {epochs: 2, batch_size: 1000}
+data: {source: embedded}
+"""
+ESTI = {"name": "SCD", "grad_estimator": "esti", "lr": 0.02, "h_smooth": 0.01, "adam": True}
+METHODS = {
+    "FO": {"name": "FO", "lr": 0.05},
+    "SGD": {"name": "SGD", "lr": 0.01, "sigma": 0.01},
+    "sign": {"name": "SCD", "grad_estimator": "sign", "lr": 0.01},
+    "esti": ESTI,
+    "mix": {
+        "name": "mix",
+        "switch_epoch": 2,
+        "SGD": {"lr": 0.01, "sigma": 0.01},
+        "SCD": {key: value for key, value in ESTI.items() if key != "name"},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices gain nothing from a second thread, and lose much where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The path of the small config."""
+    path = tmp_path / "small.yml"
+    path.write_text(SMALL)
+    return path
+
+
+def without_seconds(curve):
+    return [{key: value for key, value in point.items() if key != "seconds"} for point in curve]
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_configs_are_there_and_valid():
+    assert set(schema.names()) == SHIPPED
+    for name in SHIPPED:
+        config = load_config(name)
+        assert config.name == name == load_config(f"configs/{name}.yml").name
+        assert load_config(name, quick=True).data.source == "embedded"
+
+
+def test_configs_are_what_their_names_say():
+    for net in ("FC", "TTM"):
+        by_name = {name: load_config(f"MNIST/{net}/{name}").optimizer for name in ("SCD", "STP", "SCD_batch", "SCD_esti")}
+        assert [(o.grad_estimator, o.STP) for o in by_name.values()] == [
+            ("sign", False),
+            ("sign", True),
+            ("batch", False),
+            ("esti", True),
+        ]
+        assert load_config(f"MNIST/{net}/mix").optimizer.name == "mix"
+    for name in SHIPPED:  # the first-order run trains the same net, under the same masks
+        config = load_config(name)
+        ceiling = load_config(name.rpartition("/")[0] + ("/rank6_FO" if "rank6" in name else "/FO"))
+        if "tonn" not in name:
+            assert config.model == ceiling.model and config.pruning == ceiling.pruning
+        if "/FC/" in name:
+            assert config.pruning.method == "grasp" and config.pruning.target_ratio == 0.95
+
+
+def test_every_key_is_described():
+    def groups(model):
+        yield model
+        for field in model.model_fields.values():
+            for part in getattr(field.annotation, "__args__", [field.annotation]):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from groups(part)
+
+    seen = set(groups(Config))
+    assert len(seen) == 15
+    for group in seen:
+        for name, field in group.model_fields.items():
+            is_group = any(isinstance(part, type) and issubclass(part, BaseModel) for part in [field.annotation])
+            assert field.description or name == "name" or is_group or "|" in str(field.annotation), (group, name)
+    assert Config.model_json_schema()["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("lr: 0.05", "lrr: 0.05", "optimizer.lrr: unknown key; allowed: name, lr, momentum, weight_decay"),
+        ("lr: 0.05", "lr: fast", "optimizer.lr: should be a valid number, not 'fast'"),
+        ("lr: 0.05", "lr: true", "optimizer.lr: should be a valid number, not True"),
+        ("lr: 0.05", "lr: -1", "optimizer.lr: should be greater than or equal to 0, not -1"),
+        ("lr: 0.05", "lr: .inf", "optimizer.lr: should be a finite number, not inf"),
+        ("lr: 0.05", "lr: 0.05, adam: 1", "optimizer.adam: should be a valid boolean, not 1"),
+        ("name: FO", "name: Adam", "optimizer.name: should be one of 'FO', 'SGD', 'SCD', 'mix', not 'Adam'"),
+        ("name: FO, ", "", "optimizer.name: is missing"),
+        ("target_ratio: 0.9", "target_ratio: 1.5", "pruning.target_ratio: should be less than 1, not 1.5"),
+        ("target_ratio: 0.9, ", "", "pruning.target_ratio: is missing"),
+        ("epochs: 2", "epochs: 0", "training.epochs: should be greater than or equal to 1, not 0"),
+        ("epochs: 2", "epochs: 2.5", "training.epochs: should be a valid integer, not 2.5"),
+        ("epochs: 2", "epochs: '2'", "training.epochs: should be a valid integer, not '2'"),
+        ("source: embedded", "source: cifar", "data.source: should be 'auto', 'full' or 'embedded', not 'cifar'"),
+        ("hidden: 4", "hidden: 4, max_rank: 3", "model.max_rank: unknown key; allowed: name, hidden"),
+        ("name: MNIST_FC", "name: MNIST_RNN", "model.name: should be one of 'MNIST_FC', 'MNIST_TTM', 'MNIST_TT'"),
+        ("lr: 0.05", "opt_layers_strs: nn.Lin", "optimizer.opt_layers_strs.0: should be 'nn.Linear', 'nn.Conv2d'"),
+        ("training: {epochs: 2, batch_size: 1000}", "", "training: is missing"),
+        ("training: {epochs: 2, batch_size: 1000}", "training: 3", "training: should be a group of keys: epochs, batch"),
+        ("data:", "dataset:", "dataset: unknown key; allowed: model, pruning, optimizer, scheduler, training, data"),
+        ("data:", "scheduler: {name: step}\ndata:", "scheduler.step_size: is missing"),
+        ("data:", "model: {name: MNIST_FC}\ndata:", "cannot be read as YAML: model is given twice"),
+        ("data: {", "data: {{", "cannot be read as YAML"),
+        ("FO, lr: 0.05", "mix, SGD: {}, SCD: {lr: -1}, switch_epoch: 2", "optimizer.SCD.lr: should be greater than or"),
+        ("FO, lr: 0.05", "mix, SGD: {n_sample: 0}, SCD: {}, switch_epoch: 2", "optimizer.SGD.n_sample: should be great"),
+        ("FO, lr: 0.05", "mix, SGD: {}, switch_epoch: 2", "optimizer.SCD: is missing"),
+        ("FO, lr: 0.05", "SCD, grad_estimator: best", "optimizer.grad_estimator: should be 'sign', 'batch' or 'esti', no"),
+        ("FO, lr: 0.05", "SCD, grad_sparsity: 1.1", "optimizer.grad_sparsity: should be less than or equal to 1, not 1"),
+        ("FO, lr: 0.05", "SGD, directions: up", "optimizer.directions: should be 'gaussian', 'rademacher' or 'orthogon"),
+    ],
+)
+def test_a_bad_config_is_one_line_that_names_file_and_key(small, old, new, expected):
+    assert old in SMALL
+    small.write_text(SMALL.replace(old, new))
+    with pytest.raises(ExperimentError) as caught:
+        load_config(small)
+    message = str(caught.value)
+    assert message.startswith(f"{small}: ") and expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", ["", "just words", "- 1", b"\xff\xfe\x00", "a: !!python/object:os.system {}"])
+def test_a_file_that_is_no_config(small, content):
+    small.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ExperimentError, match=r"small\.yml: (should hold the groups|cannot be read as YAML)"):
+        load_config(small)
+
+
+def test_overrides(small):
+    overrides = schema.parse_overrides(["optimizer.lr=1e-3", "training.max_steps=7", "pruning=null", "optimizer.adam=no"])
+    config = load_config(small, overrides)
+    assert config.optimizer.lr == 0.001 and config.optimizer.adam is False
+    assert config.training.max_steps == 7 and config.pruning is None
+    assert load_config(small, {"scheduler.name": "cosine"}).scheduler.name == "cosine"  # makes the group
+    with pytest.raises(ExperimentError, match=r"small\.yml: optimizer\.lrr: unknown key"):
+        load_config(small, {"optimizer.lrr": 1})
+    with pytest.raises(ExperimentError, match=r"optimizer\.lr\.x: unknown key; lr is a value"):
+        load_config(small, {"optimizer.lr.x": 1})
+    for assignment in ("optimizer.lr", "=3", "optimizer.lr=[1"):
+        with pytest.raises(ExperimentError, match="--set"):
+            schema.parse_overrides([assignment])
+
+
+def test_overrides_win_over_quick():
+    quick = load_config("MNIST/FC/mix", quick=True)
+    assert (quick.training.epochs, quick.training.max_steps, quick.optimizer.switch_epoch) == (2, 36, 2)
+    assert quick.optimizer.SCD.grad_sparsity == 0.95
+    chosen = {"training.max_steps": 3, "data.source": "full", "optimizer.SCD.grad_sparsity": 0.0}
+    config = load_config("MNIST/FC/mix", chosen, quick=True)
+    assert {key: config.flat()[key] for key in chosen} == chosen and config.training.epochs == 2
+
+
+def test_name_and_hash(small, tmp_path):
+    assert load_config(small).name == "small"
+    below = tmp_path / "configs" / "mine" / "run.yml"
+    below.parent.mkdir(parents=True)
+    below.write_text(SMALL)
+    assert load_config(below).name == "mine/run"
+    assert load_config(below).hash() == load_config(small).hash()  # of what is run, not of where it is written
+    assert load_config(small, {"optimizer.lr": 0.051}).hash() != load_config(small).hash()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
+    out = tmp_path / "record.json"
+    config = load_config(name, quick=True)
+    record = run(config, out=out, quiet=True)
+    assert record == load_record(out) and set(record) == set(FIELDS)
+    assert record["name"] == name and record["data"]["source"] == "embedded"
+    assert record["config"] == json.loads(json.dumps(config.model_dump())) and record["config_hash"] == config.hash()
+    assert record["queries"] == record["curve"][-1]["queries"] > 0
+    assert 0 <= record["test_accuracy"] <= 1
+    if config.optimizer.name == "FO":  # two epochs, of 32 batches, are enough to be well above chance
+        assert record["queries"] == 64 and record["test_accuracy"] > 0.3
+    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278}[name.split("/")[1]]
+    assert record["parameters"] == (3_962 if "rank6" in name else parameters)
+    trained = {"FC": 10_164, "GraSP": 752}
+    assert record["trained_parameters"] == next((n for k, n in trained.items() if k in name), record["parameters"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repeats_and_follows_its_seed(small, method):
+    overrides = {"optimizer": METHODS[method]}
+    first, again = (run(load_config(small, overrides), quiet=True) for _ in range(2))
+    other = run(load_config(small, overrides | {"training.seed": 1}), quiet=True)
+    assert without_seconds(first["curve"]) == without_seconds(again["curve"])
+    assert first["test_accuracy"] == again["test_accuracy"]
+    assert [p["loss"] for p in first["curve"]] != [p["loss"] for p in other["curve"]]
+    assert first["data"] == other["data"]  # the split has a seed of its own
+
+
+def test_the_global_generator_is_left_alone(small):
+    state = torch.get_rng_state()
+    run(load_config(small), quiet=True)
+    run(load_config(small, {"optimizer": METHODS["SGD"], "training.max_steps": 1}), quiet=True)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_queries_in_the_record(small):
+    trained = 318  # of 4 · 794 weights int(0.9 · 3176) = 2858 are removed
+    expected = {"FO": 1, "SGD": 41, "esti": None, "mix": None}
+    for method, queries in expected.items():
+        overrides = {"optimizer": METHODS[method]}
+        if method != "FO" and method != "SGD":
+            overrides["optimizer"] = json.loads(json.dumps(METHODS[method]))
+            (overrides["optimizer"]["SCD"] if method == "mix" else overrides["optimizer"])["grad_sparsity"] = 0.0
+        record = run(load_config(small, overrides), quiet=True)
+        assert record["trained_parameters"] == trained
+        per_epoch = [point["queries"] for point in record["curve"]]
+        coordinates = 1 + 2 * trained
+        steps = {"esti": (coordinates, coordinates), "mix": (41, coordinates)}.get(method, (queries, queries))
+        assert per_epoch == [4 * steps[0], 4 * steps[0] + 4 * steps[1]]
+
+
+def test_the_best_epoch_is_chosen_on_validation_and_tested(small, tmp_path):
+    out = tmp_path / "record.json"
+    config = load_config(small, {"training.epochs": 6, "optimizer.lr": 0.3})  # so large that it goes up and down
+    record = run(config, out=out, quiet=True)
+    accuracies = [point["val_accuracy"] for point in record["curve"]]
+    assert record["val_accuracy"] == max(accuracies) != accuracies[-1]
+    assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    best = torch.load(tmp_path / "record.ckpt", weights_only=True)["progress"]["best"]["model"]
+    model = MNIST_FC(4)
+    model.load_state_dict(best)
+    data = mnist.load("embedded")
+    assert accuracy(model, data.validation) == record["val_accuracy"]
+    assert accuracy(model, data.test) == record["test_accuracy"]
+
+
+def test_accuracy_is_the_fraction_right():
+    data = mnist.load("embedded").validation
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(784, 10))
+    torch.nn.init.zeros_(model[1].weight)
+    model[1].bias.data = torch.nn.functional.one_hot(torch.tensor(3), 10).float()  # says 3, always
+    assert accuracy(model, data) == 0.1
+    assert model[0].training  # as it was
+    wide = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.Linear(784, 10))
+    assert accuracy(wide, data) == accuracy(wide, data)  # no dropout
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_removed_and_unchosen_weights_never_move(small, tmp_path, method):
+    optimizer = json.loads(json.dumps(METHODS[method]))
+    for group in [optimizer[name] for name in ("SGD", "SCD")] if method == "mix" else [optimizer]:
+        if group.get("grad_estimator") != "sign" and group.get("sigma") is None:
+            group["weight_decay"] = 0.1
+    run(load_config(small, {"optimizer": optimizer}), out=tmp_path / "record.json", quiet=True)
+    state = torch.load(tmp_path / "record.ckpt", weights_only=True)
+    assert sum(int(mask.sum()) for mask in state["masks"].values()) == 318
+    for name, mask in state["masks"].items():
+        assert (state["model"][name][~mask] == 0).all() and (state["model"][name][mask] != 0).any()
+
+
+def test_first_order_trains_the_chosen_layers_only(tmp_path):
+    overrides = {"optimizer.opt_layers_strs": "nn.Conv2d", "optimizer.momentum": 0.9, "optimizer.adam": False}
+    config = load_config("MNIST/CNN/FO", overrides | {"training.max_steps": 3}, quick=True)
+    record = run(config, out=tmp_path / "a.json", quiet=True)
+    still = run(load_config("MNIST/CNN/FO", overrides | {"training.max_steps": 3, "optimizer.lr": 0.0}, quick=True),
+                out=tmp_path / "b.json", quiet=True)  # fmt: skip
+    trained, start = (torch.load(tmp_path / f"{file}.ckpt", weights_only=True)["model"] for file in "ab")
+    assert torch.equal(trained["fc.weight"], start["fc.weight"])
+    assert not torch.equal(trained["conv1.weight"], start["conv1.weight"])
+    assert record["trained_parameters"] == still["trained_parameters"] == record["parameters"] - 1_450
+
+
+def test_first_order_steps_are_those_of_torch(small, tmp_path):
+    """No pruning: the loop ends with the weights of a hand-written one on the same batches."""
+    from zo_tutorial.experiments.train import _generator
+
+    config = load_config(small, {"pruning": None, "training.epochs": 1, "optimizer.weight_decay": 0.01})
+    run(config, out=tmp_path / "record.json", quiet=True)
+    train = mnist.load("embedded").train
+    model = MNIST_FC(4, generator=_generator(config, "weights"))
+    adam = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=0.01)
+    for batch in torch.randperm(4000, generator=_generator(config, "shuffle 1")).split(1000):
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(model(train.images[batch]), train.labels[batch]).backward()
+        adam.step()
+    for name, value in torch.load(tmp_path / "record.ckpt", weights_only=True)["model"].items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        (None, [0.05, 0.05]),
+        ({"name": "cosine", "eta_min": 0.01}, [0.03, 0.01]),
+        ({"name": "step", "step_size": 1, "gamma": 0.5}, [0.025, 0.0125]),
+        ({"name": "exponential", "gamma": 0.5}, [0.025, 0.0125]),
+    ],
+)
+def test_schedulers_by_the_epoch(small, tmp_path, scheduler, rates):
+    for steps, rate in zip((4, 8), rates, strict=True):
+        if scheduler and scheduler["name"] == "cosine" and steps == 4:
+            continue  # it ends where the run ends, so its half way is not seen at the end of a run
+        out = tmp_path / f"{steps}.json"
+        run(load_config(small, {"scheduler": scheduler, "training.max_steps": steps}), out=out, quiet=True)
+        state = torch.load(out.with_suffix(".ckpt"), weights_only=True)
+        assert state["phases"][0]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
+
+
+def test_mix_has_a_schedule_for_each(small, tmp_path):
+    overrides = {"optimizer": METHODS["mix"], "scheduler": {"name": "cosine"}}
+    run(load_config(small, overrides), out=tmp_path / "record.json", quiet=True)
+    for phase in torch.load(tmp_path / "record.ckpt", weights_only=True)["phases"]:
+        assert phase["scheduler"]["T_max"] == 4
+        assert phase["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_steps_and_batches(small):
+    record = run(load_config(small, {"training.max_steps": 6}), quiet=True)
+    assert [(point["epoch"], point["queries"]) for point in record["curve"]] == [(1, 4), (2, 6)]
+    record = run(load_config(small, {"training.batch_size": 1500}), quiet=True)
+    assert [point["queries"] for point in record["curve"]] == [3, 6]  # 1500 + 1500 + 1000
+    record = run(load_config(small, {"training.batch_size": 5000}), quiet=True)
+    assert [point["queries"] for point in record["curve"]] == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["grasp", "snip", "magnitude", "random"])
+def test_pruning_methods(small, tmp_path, method):
+    masks = {}
+    for shuffle in (False, True):
+        out = tmp_path / f"{shuffle}.json"
+        overrides = {"pruning.method": method, "pruning.shuffle": shuffle, "training.max_steps": 1}
+        assert run(load_config(small, overrides), out=out, quiet=True)["trained_parameters"] == 318
+        masks[shuffle] = torch.load(out.with_suffix(".ckpt"), weights_only=True)["masks"]
+    for name, mask in masks[False].items():
+        assert mask.sum() == masks[True][name].sum() and not torch.equal(mask, masks[True][name])
+
+
+def test_the_record_says_nothing_of_the_place(small, tmp_path):
+    record = run(load_config(small, {"training.max_steps": 1}), quiet=True)
+    text = json.dumps(record)
+    for secret in (socket.gethostname(), str(tmp_path), os.getcwd(), os.path.expanduser("~")):
+        assert len(secret) < 3 or secret not in text
+    assert "threads" in record["machine"] and record["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_a_diverging_run_is_an_error(small):
+    with pytest.raises(FloatingPointError, match="at step"):
+        run(load_config(small, {"optimizer.lr": 1e38, "training.epochs": 9}), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"optimizer.momentum": 0.9}, "optimizer: adam has moments of its own"),
+        ({"optimizer": {"name": "SCD", "grad_estimator": "sign", "adam": True}}, "optimizer: grad_estimator 'sign'"),
+        ({"optimizer.opt_layers_strs": ["nn.Conv2d"]}, "optimizer: opt_layers_strs: the model has no layer of nn.Conv2d"),
+        ({"pruning.per_class": 401}, "pruning: 401 examples of each class asked for"),
+        ({"model": {"name": "MNIST_TTM", "in_factors": [3, 7, 7, 4]}}, "model: the in factors [3, 7, 7, 4] do not"),
+        ({"model": {"name": "MNIST_FC", "hidden": 1}, "pruning.target_ratio": 0.9999}, None),  # one weight of 794 is left
+    ],
+)
+def test_values_that_do_not_go_together(small, tmp_path, overrides, expected):
+    out = tmp_path / "record.json"
+    if expected is None:
+        assert run(load_config(small, overrides), quiet=True)["trained_parameters"] == 1
+        return
+    with pytest.raises(ExperimentError) as caught:
+        run(load_config(small, overrides), out=out, quiet=True)
+    assert f"{small}: {expected}" in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("record*"))
+
+
+def test_an_unknown_device(small):
+    with pytest.raises(ExperimentError, match="device 'gpu7' cannot be used"):
+        run(load_config(small), device="gpu7", quiet=True)
+
+
+def test_data_errors_pass_through(small, tmp_path):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(b"short")
+    with pytest.raises(DataError, match="train-images-idx3-ubyte is missing"):
+        run(load_config(small, {"data.source": "auto"}), root=tmp_path, out=tmp_path / "record.json", quiet=True)
+    assert not list(tmp_path.glob("record*"))
+
+
+# --- checkpoints and records -----------------------------------------------------------------------------------------
+
+
+def assert_same_end(first, second):
+    """Both runs, FILE.json and FILE.ckpt, ended with the same weights, bit for bit, and the same record."""
+    one, two = (torch.load(path.with_suffix(".ckpt"), weights_only=True) for path in (first, second))
+    for weights in ("model", "masks"):
+        assert one[weights].keys() == two[weights].keys()
+        assert all(torch.equal(value, two[weights][name]) for name, value in one[weights].items())
+    best, other = one["progress"]["best"], two["progress"]["best"]
+    assert all(torch.equal(value, other["model"][name]) for name, value in best["model"].items())
+    one, two = load_record(first), load_record(second)
+    assert without_seconds(one.pop("curve")) == without_seconds(two.pop("curve"))
+    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(small, tmp_path):
+    """A real process is killed in the middle of an epoch, twice: in the first epoch (SGD) and in the second (SCD)."""
+    overrides = {"optimizer": METHODS["mix"], "scheduler": {"name": "cosine"}, "training.batch_size": 100}
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    run(load_config(small, overrides), out=whole, quiet=True)
+    code = f"""if True:
+        import torch
+        torch.set_num_threads(1)
+        from zo_tutorial.experiments import load_config, run
+        run(load_config({str(small)!r}, {overrides!r}), out={str(killed)!r}, resume=True, checkpoint_seconds=0)
+    """
+    checkpoint = killed.with_suffix(".ckpt")
+    for start, end in ((1, 39), (41, 79)):  # steps; 40 make an epoch
+        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while not checkpoint.exists() or torch.load(checkpoint, weights_only=True)["progress"]["step"] < start:
+                assert process.poll() is None and time.monotonic() < deadline
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL and not killed.exists()
+        assert start <= torch.load(checkpoint, weights_only=True)["progress"]["step"] <= end
+    run(load_config(small, overrides), out=killed, resume=True, quiet=True)
+    assert_same_end(whole, killed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_interrupted_again_and_again_ends_with_the_same_weights(small, tmp_path, method):
+    """An alarm interrupts the run wherever it happens to be: in a step, in an evaluation, in writing a checkpoint."""
+    config = load_config(small, {"optimizer": METHODS[method], "training.batch_size": 400})
+    whole, stopped = tmp_path / "whole.json", tmp_path / "stopped.json"
+    mnist.load("embedded")  # read once, so that the clock below measures the run
+    start = time.perf_counter()
+    run(config, out=whole, quiet=True)
+    duration = time.perf_counter() - start
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous, interruptions = signal.signal(signal.SIGALRM, interrupt), 0
+    try:
+        while not stopped.exists():
+            signal.setitimer(signal.ITIMER_REAL, duration * (0.4 + 0.1 * interruptions))
+            try:
+                run(config, out=stopped, resume=True, quiet=True, checkpoint_seconds=0)
+            except KeyboardInterrupt:
+                interruptions += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert interruptions > 0
+    assert_same_end(whole, stopped)
+
+
+def test_nothing_is_overwritten_without_resume(small, tmp_path):
+    config, out = load_config(small), tmp_path / "record.json"
+    record = run(config, out=out, quiet=True)
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("record*")}
+    assert sorted(written) == ["record.ckpt", "record.json"]
+    with pytest.raises(ExperimentError, match=r"record\.json: exists already"):
+        run(config, out=out, quiet=True)
+    assert run(config, out=out, resume=True, quiet=True) == record  # finished: nothing left to do
+    with pytest.raises(ExperimentError, match=r"record\.json: is the record of another run"):
+        run(load_config(small, {"optimizer.lr": 0.01}), out=out, resume=True, quiet=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("record*")} == written
+    out.unlink()
+    with pytest.raises(ExperimentError, match=r"record\.ckpt: exists already"):
+        run(config, out=out, quiet=True)
+    assert (tmp_path / "record.ckpt").read_bytes() == written["record.ckpt"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(small, tmp_path):
+    out = tmp_path / "record.json"
+    run(load_config(small), out=out, quiet=True)
+    out.unlink()
+    written = (tmp_path / "record.ckpt").read_bytes()
+    with pytest.raises(ExperimentError, match=r"record\.ckpt: .*: optimizer\.lr is 0\.05 there and 0\.06 here"):
+        run(load_config(small, {"optimizer.lr": 0.06}), out=out, resume=True, quiet=True)
+    with pytest.raises(ExperimentError, match=r"record\.ckpt: .*optimizer\.n_sample is None there and 20 here|name is"):
+        run(load_config(small, {"optimizer": METHODS["SGD"]}), out=out, resume=True, quiet=True)
+    assert (tmp_path / "record.ckpt").read_bytes() == written and not out.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(small, tmp_path):
+    out, checkpoint = tmp_path / "record.json", tmp_path / "record.ckpt"
+    run(load_config(small), out=out, quiet=True)
+    out.unlink()
+    whole = checkpoint.read_bytes()
+    weight = torch.load(checkpoint, weights_only=True)["model"]["fc1.weight"].numpy().tobytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(weight) + 100] ^= 1  # one bit of one weight
+    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", b"no checkpoint", bytes(flipped)):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(ExperimentError, match=r"record\.ckpt: damaged, or no checkpoint: .") as caught:
+            run(load_config(small), out=out, resume=True, quiet=True)
+        assert "\n" not in str(caught.value)
+        assert checkpoint.read_bytes() == damaged and not out.exists()
+    torch.save({"weights": torch.ones(3)}, checkpoint)
+    with pytest.raises(ExperimentError, match=r"record\.ckpt: damaged, or no checkpoint"):
+        run(load_config(small), out=out, resume=True, quiet=True)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"identity": {}, "payload": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(ExperimentError, match="damaged, or no checkpoint"):
+        load_checkpoint(tmp_path / "evil.ckpt", {})
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "run.ckpt"
+    save_checkpoint(path, {"identity": {"a": 1}, "step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(path, {"identity": {"a": 1}, "step": lambda: None})
+    assert load_checkpoint(path, {"a": 1})["step"] == 1
+
+
+def test_where_the_record_may_lie(small, tmp_path):
+    for out, expected in (
+        (tmp_path / "record.txt", "ends in .json"),
+        (tmp_path, "ends in .json"),
+        (tmp_path / "nowhere" / "record.json", "nowhere does not exist"),
+    ):
+        with pytest.raises(ExperimentError, match=expected):
+            run(load_config(small), out=out, quiet=True)
+    with pytest.raises(ExperimentError, match="--out"):
+        run(load_config(small), resume=True, quiet=True)
+
+
+def test_records_that_cannot_be_read(tmp_path):
+    path = tmp_path / "record.json"
+    with pytest.raises(ExperimentError, match=r"record\.json: no record can be read"):
+        load_record(path)
+    for content, expected in (("{", "no record can be read"), ("[]", "is no record"), ('{"name": "a"}', "config, config_h")):
+        path.write_text(content)
+        with pytest.raises(ExperimentError, match=expected):
+            load_record(path)

@@ -1,0 +1,95 @@
+"""The command line: python -m zo_tutorial mnist|data. `--help` after either says all."""
+
+import argparse
+import json
+import sys
+import warnings
+
+from zo_tutorial.data import DataError, mnist
+from zo_tutorial.experiments import ExperimentError, load_config, run
+from zo_tutorial.experiments.config import names, parse_overrides
+
+PROGRAM = "python -m zo_tutorial"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on a user's error, 130 after Ctrl-C. An error is one line on stderr."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stopped:  # argparse has printed help, or a usage line and the error
+        return stopped.code
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            arguments.command(arguments)
+            return 0
+        except (ExperimentError, DataError, OSError, FloatingPointError) as error:
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            out = getattr(arguments, "out", None)
+            hint = f"the same command with --resume goes on from {out}" if out else "--out would have kept it"
+            print(f"{PROGRAM}: interrupted; {hint}", file=sys.stderr)
+            return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data")
+    train = commands.add_parser("mnist", allow_abbrev=False, help="train and test an MNIST classifier from a config")
+    train.set_defaults(command=_mnist)
+    add = train.add_argument
+    add("-config", metavar="PATH", help="a config file, or one of the package such as MNIST/FC/FO.yml")
+    add("--list", action="store_true", help="print the package's configs and end")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set optimizer.lr=0.01")
+    add("--seed", type=int, help="training.seed")
+    add("--epochs", type=int, help="training.epochs")
+    add("--data", choices=("auto", "full", "embedded"), help="data.source")
+    add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
+    add("--device", default="cpu", help="cpu (the default), cuda, …")
+    add("--quick", action="store_true", help="the same config cut to seconds: embedded data, few epochs and steps")
+    add(
+        "--out",
+        metavar="FILE.json",
+        help="write the record there (else print it) and the checkpoint to FILE.ckpt; files that are there are never "
+        "overwritten, except by --resume",
+    )
+    add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
+    data = commands.add_parser("data", allow_abbrev=False, help="show which MNIST images there are")
+    data.set_defaults(command=_data)
+    data.add_argument("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
+    data.add_argument("--download", action="store_true", help="download MNIST into the data folder if it is not there")
+    return parser
+
+
+def _mnist(arguments: argparse.Namespace) -> None:
+    if arguments.list:
+        print("\n".join(f"{name}.yml" for name in names() if name.startswith("MNIST/")))
+        return
+    if not arguments.config:
+        raise ExperimentError("mnist needs -config PATH; --list shows the package's configs")
+    shortcuts = {
+        "training.seed": arguments.seed,
+        "training.epochs": arguments.epochs,
+        "data.source": arguments.data,
+    }
+    overrides = {key: value for key, value in shortcuts.items() if value is not None}
+    config = load_config(arguments.config, parse_overrides(arguments.set) | overrides, arguments.quick)
+    record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
+    print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    found = mnist.find(arguments.root)
+    if not found and arguments.download:
+        found = mnist.download(arguments.root)
+    print(f"data folder: {mnist.folder(arguments.root)}: {'full MNIST' if found else 'no MNIST; --download gets it'}")
+    data = mnist.load("full" if found else "embedded", arguments.root)
+    print(f"{data.source + ' MNIST':16} {'images':>7}   of each class, 0 to 9")
+    for part in ("train", "validation", "test"):
+        labels = getattr(data, part).labels
+        print(f"{part:16} {len(labels):7,}   {' '.join(map(str, labels.bincount().tolist()))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

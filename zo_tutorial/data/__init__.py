@@ -1,0 +1,5 @@
+"""The data sets of the book, each in full or in a small form that needs no network: see `zo_tutorial.data.mnist`."""
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or too small for what is asked; the message is one line and names the file."""

@@ -1,0 +1,99 @@
+"""Gradient estimates from losses alone: pure functions, no model in sight.
+
+Notation: d coordinates, n directions u_i, smoothing radius σ, finite-difference step h, estimate ĝ. Chapter 2 derives
+the Gaussian estimator, chapter 4 the coordinate ones.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("gaussian", "rademacher", "orthogonal")
+
+
+def random_directions(n: int, d: int, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
+    """Draw n random directions with E[u uᵀ] = I.
+
+    gaussian: u ~ N(0, I). rademacher: independent signs ±1. orthogonal: n ≤ d uniformly random directions at right
+    angles to each other, each of length √d.
+
+    Returns:
+        (n, d), in the default dtype, on the generator's device.
+
+    Raises:
+        ValueError: unknown kind, or more than d orthogonal directions.
+    """
+    device = generator.device if generator is not None else None
+    if kind not in DIRECTIONS:
+        raise ValueError(f"directions {kind!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
+    if kind == "rademacher":
+        return 2.0 * torch.randint(2, (n, d), generator=generator, device=device) - 1.0
+    u = torch.randn(n, d, generator=generator, device=device)
+    if kind == "gaussian":
+        return u
+    if n > d:
+        raise ValueError(f"{n} orthogonal directions do not fit into {d} dimensions")
+    q, r = torch.linalg.qr(u.T)  # (d, n), (n, n)
+    # The signs of diag(r) make q uniform over all orthonormal frames (Mezzadri, 2007).
+    return d**0.5 * (q * r.diagonal().sign()).T
+
+
+def from_directions(directions: Tensor, difference: Tensor, distance: float) -> Tensor:
+    """ĝ = 1/n Σ_i (difference_i / distance) u_i: the random-direction estimator (Nesterov and Spokoiny, 2017).
+
+    One-sided: difference L(θ+σu_i) − L(θ), distance σ. Two-sided: L(θ+σu_i) − L(θ−σu_i), distance 2σ.
+
+    Args:
+        directions: (n, d).
+        difference: (n,).
+
+    Returns:
+        (d,).
+    """
+    return (difference / distance) @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
+
+
+def estimate_gradient(
+    loss: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    sigma: float = 0.1,
+    n_sample: int = 20,
+    *,
+    two_sided: bool = True,
+    directions: str = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate the gradient of `loss` at `theta` from 2n loss queries (two-sided) or n+1 (one-sided). Chapter 2.
+
+    Args:
+        loss: maps points (B, d) to their losses (B,).
+        theta: (d,).
+
+    Returns:
+        (d,), an unbiased estimate of the gradient of the smoothed loss E_u[L(θ + σu)] for Gaussian u.
+    """
+    u = random_directions(n_sample, len(theta), directions, generator).to(theta)  # (n, d)
+    plus = loss(theta + sigma * u)  # (n,)
+    if two_sided:
+        return from_directions(u, plus - loss(theta - sigma * u), 2 * sigma)
+    return from_directions(u, plus - loss(theta[None]), sigma)
+
+
+def finite_difference(plus: Tensor, other: Tensor, distance: float) -> Tensor:
+    """ĝ_i = (L(θ+h e_i) − L(θ)) / h, or two-sided (L(θ+h e_i) − L(θ−h e_i)) / 2h. Chapter 4."""
+    return (plus - other) / distance
+
+
+def two_point_sign(plus: Tensor, base: Tensor) -> Tensor:
+    """ĝ_i = −1 where the loss at θ + η e_i is below the one at θ, else +1. Chapter 4."""
+    return 1 - 2 * (plus < base).to(plus)
+
+
+def three_point_sign(plus: Tensor, minus: Tensor, base: Tensor) -> Tensor:
+    """ĝ_i ∈ {−1, +1, 0} for the smallest of L(θ+η e_i), L(θ−η e_i), L(θ): stochastic three points (Bergou et al., 2020).
+
+    A tie with L(θ) gives 0, one between the two sides −1. Chapter 4.
+    """
+    best = torch.minimum(plus, minus)
+    return torch.where(best < base, 1 - 2 * (plus <= minus).to(plus), 0.0)

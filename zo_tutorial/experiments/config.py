@@ -1,0 +1,386 @@
+"""What an experiment is: the schema of a config file, and reading one.
+
+A config is a YAML file with the groups model, pruning, optimizer, scheduler, training and data. The keys of a group are
+those of what it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `model` those of the models.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from zo_tutorial.estimators import DIRECTIONS
+from zo_tutorial.models import TTM_LAYERS
+from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
+from zo_tutorial.queries import QUERY_MODES
+from zo_tutorial.selection import LAYER_TYPES
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EMBEDDED_TRAINING = 4000  # training images of the embedded data, which every quick run uses
+QUICK_SCD_STEPS, QUICK_SCD_SPARSITY = 4, 0.95  # a full coordinate step asks thousands of queries
+
+
+class ExperimentError(ValueError):
+    """A config, record or checkpoint that cannot be used; the message is one line and names the file."""
+
+
+class Group(BaseModel):
+    """A group of keys. An unknown key, or a value of another type, is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values):
+        if not isinstance(values, dict):
+            raise PydanticCustomError("no_group", "should be a group of keys: {keys}", {"keys": _keys(cls)})
+        for key in values:
+            if key not in cls.model_fields:
+                context = {"key": key, "keys": _keys(cls)}
+                raise PydanticCustomError("unknown_key", "unknown key; allowed: {keys}", context)
+        return values
+
+
+def _keys(group: type[BaseModel]) -> str:
+    return ", ".join(group.model_fields)
+
+
+# Limits that several groups share.
+LearningRate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]  # [0, 1)
+LayerTypes = Annotated[
+    list[Literal[tuple(LAYER_TYPES)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(description="layer types that are trained, one name or a list of names; none named: all of these"),
+]
+QueryMode = Annotated[Literal[QUERY_MODES], Field(description="how losses are evaluated; auto: the fastest valid way")]
+
+
+class FC(Group):
+    """A dense net 784–hidden–10."""
+
+    name: Literal["MNIST_FC"]
+    hidden: int = Field(256, ge=1, description="hidden units")
+
+
+Factors = list[Annotated[int, Field(ge=1)]]
+
+
+class TTM(Group):
+    """A net 784–hidden–10 with both weights in TTM format."""
+
+    name: Literal["MNIST_TTM"]
+    in_factors: Factors = Field([4, 7, 7, 4], description="factors of 784")
+    hidden_factors: Factors = Field([4, 4, 4, 4], description="factors of the hidden width")
+    out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
+    max_rank: int = Field(4, ge=1, description="bound for the ranks of both layers")
+    bias: bool = Field(False, description="whether both layers have a bias")
+    layer: Literal[tuple(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
+
+
+class TT(Group):
+    """A net 784–hidden–10 with both weights in TT format."""
+
+    name: Literal["MNIST_TT"]
+    in_factors: Factors = Field([4, 7, 7, 4], description="factors of 784")
+    hidden_factors: Factors = Field([4, 4, 4, 4], description="factors of the hidden width")
+    out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
+    max_rank: int = Field(20, ge=1, description="bound for the ranks of both layers")
+    bias: bool = Field(False, description="whether both layers have a bias")
+
+
+class CNN(Group):
+    """Three convolutions and a linear layer."""
+
+    name: Literal["MNIST_CNN"]
+    widths: list[Annotated[int, Field(ge=1)]] = Field(
+        [8, 12, 16], min_length=3, max_length=3, description="channels after each convolution"
+    )
+
+
+class Pruning(Group):
+    """Which weights are trained: the others are set to zero before training and stay there. No group: all are kept."""
+
+    method: Literal["grasp", "snip", "magnitude", "random"] = Field("grasp", description="how weights are scored")
+    target_ratio: Share = Field(description="fraction of the weights that is removed")
+    per_class: int = Field(10, ge=1, description="images of each class in the batch that grasp and snip score on")
+    temperature: float = Field(200.0, gt=0, description="grasp divides the logits by it")
+    shuffle: bool = Field(False, description="shuffle the mask within each parameter, as a control")
+
+
+class FO(Group):
+    """First-order training by back-propagation, the control: torch.optim.SGD, or Adam, on the same weights."""
+
+    name: Literal["FO"] = "FO"
+    lr: LearningRate = Field(0.001, description="learning rate")
+    momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD")
+    weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam")
+    dampening: float = Field(0.0, description="of torch.optim.SGD")
+    adam: bool = Field(True, description="torch.optim.Adam instead of torch.optim.SGD")
+    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
+    beta_2: Share = Field(0.999, description="of torch.optim.Adam")
+    eps: float = Field(1e-8, ge=0, description="of torch.optim.Adam")
+    opt_layers_strs: LayerTypes = []
+
+
+class SGD(Group):
+    """Zeroth-order SGD, `ZO_SGD_mask`: random directions."""
+
+    name: Literal["SGD"] = "SGD"
+    lr: LearningRate = Field(0.01, description="learning rate")
+    sigma: float = Field(0.1, gt=0, description="smoothing radius")
+    n_sample: int = Field(20, ge=1, description="directions a step")
+    signSGD: bool = Field(False, description="step along the sign of the estimate")
+    layer_by_layer: bool = Field(False, description="perturb one layer at a time, with n_sample directions each")
+    opt_layers_strs: LayerTypes = []
+    two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
+    directions: Literal[DIRECTIONS] = Field("gaussian", description="distribution of the directions")
+    query_mode: QueryMode = "auto"
+
+
+class SCD(Group):
+    """Zeroth-order stochastic coordinate descent, `ZO_SCD_mask`."""
+
+    name: Literal["SCD"] = "SCD"
+    lr: LearningRate = Field(0.1, description="learning rate; sign and batch probe at this distance too")
+    grad_sparsity: float = Field(0.1, ge=0, le=1, description="probability that a coordinate is skipped in a step")
+    h_smooth: float = Field(0.001, gt=0, description="finite-difference step of esti")
+    grad_estimator: Literal[GRAD_ESTIMATORS] = Field("sign", description="what is asked for each coordinate")
+    opt_layers_strs: LayerTypes = []
+    STP: bool = Field(True, description="stochastic three points in sign and batch, two-sided differences in esti")
+    momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD; not for sign")
+    weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam; not for sign")
+    dampening: float = Field(0.0, description="of torch.optim.SGD; not for sign")
+    adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD; not for sign")
+    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
+    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
+    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
+    query_mode: QueryMode = "auto"
+
+
+class Mix(Group):
+    """SGD first, SCD from a given epoch on; each has a scheduler of its own over its epochs."""
+
+    name: Literal["mix"]
+    switch_epoch: int = Field(ge=2, description="the first epoch of SCD; a run that ends before it stays with SGD")
+    SGD: SGD
+    SCD: SCD
+
+
+class Cosine(Group):
+    """CosineAnnealingLR, from lr down to eta_min over the whole run, step by step."""
+
+    name: Literal["cosine"]
+    eta_min: LearningRate = Field(0.0, description="learning rate at the end")
+
+
+class Step(Group):
+    """StepLR: the learning rate falls by a factor once in some epochs."""
+
+    name: Literal["step"]
+    step_size: int = Field(ge=1, description="epochs between two falls")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor of each fall")
+
+
+class Exponential(Group):
+    """ExponentialLR: the learning rate falls by a factor an epoch, in equal parts at every step."""
+
+    name: Literal["exponential"]
+    gamma: float = Field(gt=0, le=1, description="factor an epoch")
+
+
+class Training(Group):
+    epochs: int = Field(ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step")
+    seed: int = Field(0, ge=0, description="of weights, pruning, shuffling and the optimiser's draws")
+    max_steps: int | None = Field(None, ge=1, description="the run ends after so many steps, whatever the epochs")
+
+
+class Data(Group):
+    source: Literal["auto", "full", "embedded"] = Field("auto", description="see `zo_tutorial.data.mnist.load`")
+    seed: int = Field(0, ge=0, description="of the split; not training.seed, so that all runs share one test set")
+
+
+class Config(Group):
+    """One experiment."""
+
+    model: FC | TTM | TT | CNN = Field(discriminator="name")
+    pruning: Pruning | None = Field(None, description="no group: nothing is removed")
+    optimizer: FO | SGD | SCD | Mix = Field(discriminator="name")
+    scheduler: Cosine | Step | Exponential | None = Field(None, discriminator="name", description="no group: lr stays")
+    training: Training
+    data: Data = Data()
+
+    _file: Path = PrivateAttr(Path("config"))
+
+    @property
+    def file(self) -> Path:
+        """The file that the config was read from."""
+        return self._file
+
+    @property
+    def name(self) -> str:
+        """The file's path below its last folder named configs, without .yml; elsewhere the file's name alone."""
+        parts = self.file.resolve().with_suffix("").parts
+        folders = [position for position, part in enumerate(parts[:-1]) if part == "configs"]
+        return "/".join(parts[folders[-1] + 1 :]) if folders else parts[-1]
+
+    def flat(self) -> dict:
+        """All values by dotted key: {"optimizer.lr": 0.01, …}."""
+        return _flat(self.model_dump())
+
+    def hash(self) -> str:
+        """sha256 of all values, as hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def names() -> list[str]:
+    """The configs of the package, by name: "MNIST/FC/FO"."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yml"))
+
+
+def load_config(path: str | Path, overrides: dict | None = None, quick: bool = False) -> Config:
+    """Read and check a config.
+
+    path: a file, or one of the package: "MNIST/FC/FO.yml", also with "configs/" before it or without ".yml".
+    overrides: values by dotted key, {"optimizer.lr": 0.01}. They win over the file and over `quick`.
+    quick: cut to seconds: embedded data, two epochs at most, of which coordinate descent takes 4 steps that skip at
+        least 95 % of the coordinates. For a first look, not for a result.
+
+    Raises ExperimentError, in one line that names file, key and what is allowed.
+    """
+    file = _find(path)
+    values = _read(file)
+    for key, value in (overrides or {}).items():
+        _set(values, key, value, file)
+    config = _check(values, file)
+    if quick:
+        for key, value in _quick(config).items():
+            if key not in (overrides or {}):
+                _set(values, key, value, file)
+        config = _check(values, file)
+    return config
+
+
+def parse_overrides(assignments: list[str]) -> dict:
+    """{"optimizer.lr": 0.01} of ["optimizer.lr=0.01"]; values are read as YAML. Raises ExperimentError."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals):
+            raise ExperimentError(f"--set {assignment}: should be key=value, such as optimizer.lr=0.01")
+        try:
+            overrides[key] = yaml.load(value, _Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ExperimentError(f"--set {assignment}: the value is no YAML: {_one_line(error)}") from error
+    return overrides
+
+
+def _quick(config: Config) -> dict:
+    """What `quick` changes, by dotted key."""
+    epoch = -(-EMBEDDED_TRAINING // config.training.batch_size)  # steps
+    values = {"data.source": "embedded", "training.epochs": min(2, config.training.epochs)}
+    match config.optimizer.name:
+        case "FO" | "SGD":
+            values["training.max_steps"] = 2 * epoch
+        case "SCD":
+            values["training.max_steps"] = QUICK_SCD_STEPS
+            values["optimizer.grad_sparsity"] = max(QUICK_SCD_SPARSITY, config.optimizer.grad_sparsity)
+        case "mix":
+            values["training.max_steps"] = epoch + QUICK_SCD_STEPS
+            values["optimizer.switch_epoch"] = 2
+            values["optimizer.SCD.grad_sparsity"] = max(QUICK_SCD_SPARSITY, config.optimizer.SCD.grad_sparsity)
+    return values
+
+
+def _find(path: str | Path) -> Path:
+    """The file itself, or the config of the package that is meant."""
+    name = str(path).removeprefix("configs/").removesuffix(".yml")
+    for file in (Path(path), CONFIGS / f"{name}.yml"):
+        if file.is_file():
+            return file
+    raise ExperimentError(f"{path}: no such file, and no config of the package; --list shows those")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises: 1e-3 is a number, and a key that is given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given twice, line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
+def _read(file: Path) -> dict:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
+        raise ExperimentError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ExperimentError(f"{file}: should hold the groups {_keys(Config)}")
+    return values
+
+
+def _set(values: dict, key: str, value, file: Path) -> None:
+    """Set one value by its dotted key, making the groups on the way."""
+    *groups, last = key.split(".")
+    for group in groups:
+        if values.get(group) is None:
+            values[group] = {}
+        values = values[group]
+        if not isinstance(values, dict):
+            raise ExperimentError(f"{file}: {key}: unknown key; {group} is a value, not a group of keys")
+    values[last] = value
+
+
+def _check(values: dict, file: Path) -> Config:
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ExperimentError(f"{file}: {_explain(error.errors()[0])}") from error
+    config._file = file
+    return config
+
+
+def _explain(error: dict) -> str:
+    """One error of pydantic as "key: what is wrong and what is allowed"."""
+    where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
+    if len(where) > 1 and Config.model_fields[where[0]].discriminator:
+        del where[1]  # the name by which pydantic chose among several groups
+    match error["type"]:
+        case "unknown_key":
+            where.append(context["key"])
+            message = error["msg"]
+        case "missing":
+            message = "is missing"
+        case "union_tag_not_found":
+            where.append("name")
+            message = "is missing"
+        case "union_tag_invalid":
+            where.append("name")
+            message = f"should be one of {context['expected_tags']}, not {context['tag']!r}"
+        case _:
+            message = f"{error['msg'].replace('Input s', 's')}, not {given!r}"
+    return f"{'.'.join(map(str, where))}: {message}"
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,293 @@
+"""One experiment from its config to its record: one loop for first-order and zeroth-order training."""
+
+import hashlib
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+from tqdm import tqdm
+
+from zo_tutorial import models, pruning
+from zo_tutorial.data import mnist
+from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.config import Config, ExperimentError
+from zo_tutorial.experiments.first_order import FirstOrder
+from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
+from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+
+METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
+EVALUATION_BATCH = 1000  # images
+
+
+def run(
+    config: Config,
+    *,
+    root: str | Path | None = None,
+    device: str = "cpu",
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    checkpoint_seconds: float = 30.0,
+) -> dict:
+    """Train and test as the config says; return the record, whose fields `zo_tutorial.experiments.record` lists.
+
+    The weights of the epoch that is best on the validation images are tested, once, at the end.
+
+    Args:
+        config: from `load_config`.
+        root: the data folder, see `zo_tutorial.data.mnist.load`.
+        device: "cpu", "cuda", …
+        out: FILE.json, to which the record is written. FILE.ckpt beside it is the checkpoint, written at the start,
+            after every epoch and every `checkpoint_seconds`. Neither may exist, unless the run resumes.
+        resume: go on from the checkpoint; from the start if there is none yet. Where the record of this very config is
+            there already, return it.
+        quiet: no progress bar and no printed line.
+
+    Raises:
+        ExperimentError, DataError: a config, file or data that cannot be used; raised before anything is written.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    say = (lambda line: None) if quiet else tqdm.write
+    out = out and Path(out)
+    finished = _check_files(config, out, resume)
+    if finished:
+        say(f"{out}: finished already")
+        return finished
+    device = _device(device)
+    data = mnist.load(config.data.source, root, config.data.seed)
+    sizes = {part: len(getattr(data, part).labels) for part in ("train", "validation", "test")}
+    say(f"data: {data.source} MNIST; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
+    identity = config.flat() | {"data found": data.source, "device": str(device)}
+    saved = load_checkpoint(checkpoint_path(out), identity) if resume and checkpoint_path(out).exists() else None
+
+    train, validation, test = (mnist.Split(*(tensor.to(device) for tensor in split)) for split in data[1:])
+    model = _model(config).to(device)
+    if saved:
+        masks = saved["masks"] and {name: mask.to(device) for name, mask in saved["masks"].items()}
+    else:
+        masks = _prune(config, model, train)
+    epoch_steps = -(-len(train.labels) // config.training.batch_size)
+    steps = min(config.training.epochs * epoch_steps, config.training.max_steps or float("inf"))
+    phases = _phases(config, model, masks, epoch_steps, steps)
+    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "images": 0, "curve": [], "best": {"val_accuracy": -1.0}}
+    if saved:
+        progress = saved["progress"]
+        model.load_state_dict(saved["model"])
+        for phase, state in zip(phases, saved["phases"], strict=True):
+            phase.optimizer.load_state_dict(state["optimizer"])
+            phase.scheduler.load_state_dict(state["scheduler"])
+        say(f"going on after step {progress['step']:,} of {steps:,}")
+
+    def save():
+        if out:
+            states = [{"optimizer": p.optimizer.state_dict(), "scheduler": p.scheduler.state_dict()} for p in phases]
+            state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
+            save_checkpoint(checkpoint_path(out), state | {"progress": progress})
+
+    _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say)
+    model.load_state_dict(progress["best"]["model"])
+    trained = {name: index for phase in phases for name, index in phase.optimizer.index.items()}
+    record = {
+        "name": config.name,
+        "config": config.model_dump(),
+        "config_hash": config.hash(),
+        "seed": config.training.seed,
+        "data": {"source": data.source, "seed": config.data.seed} | sizes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(map(len, trained.values())),
+        "queries": _queries(phases),
+        "seconds": progress["seconds"],
+        "best_epoch": progress["best"]["epoch"],
+        "val_accuracy": progress["best"]["val_accuracy"],
+        "test_accuracy": accuracy(model, test),
+        "curve": progress["curve"],
+        "versions": versions(),
+        "machine": machine(device),
+        "commit": commit(),
+    }
+    if out:
+        save_record(out, record)
+    say(
+        f"{config.name}: test {record['test_accuracy']:.2%}, validation {record['val_accuracy']:.2%} "
+        f"(epoch {record['best_epoch']}), {record['trained_parameters']:,} trained parameters, "
+        f"{record['queries']:,} queries, {record['seconds']:.1f} s"
+    )
+    return record
+
+
+def accuracy(model: nn.Module, split: mnist.Split) -> float:
+    """The fraction of the images of `split` that the model, in evaluation mode, gets right."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        pairs = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+    model.train(training)
+    return right / len(split.labels)
+
+
+class _Phase(NamedTuple):
+    """An optimiser with its scheduler, and the step from which on it trains. Only mix has two."""
+
+    optimizer: ZerothOrderOptimizer
+    scheduler: lr_scheduler.LRScheduler
+    first_step: int
+
+
+def _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say) -> None:
+    """Train from `progress`, which is kept up to date, to the last of `steps`."""
+    epoch_steps = -(-len(train.labels) // config.training.batch_size)
+    epochs = -(-steps // epoch_steps)
+    if progress["step"] == 0:
+        save()
+    saved_at = time.perf_counter()
+    for epoch in range(progress["step"] // epoch_steps + 1, epochs + 1):
+        before = (epoch - 1) * epoch_steps
+        order = torch.randperm(len(train.labels), generator=_generator(config, f"shuffle {epoch}"))
+        batches = order.to(train.labels.device).split(config.training.batch_size)[: steps - before]
+        done = progress["step"] - before
+        phase = [phase for phase in phases if phase.first_step <= before][-1]
+        bar = tqdm(total=len(batches), initial=done, desc=f"epoch {epoch}/{epochs}", leave=False, disable=quiet or None)
+        with bar:
+            for batch in batches[done:]:
+                started = time.perf_counter()
+                _, loss = phase.optimizer.step(train.images[batch], train.labels[batch])
+                phase.scheduler.step()
+                loss = loss.item()
+                progress["seconds"] += time.perf_counter() - started
+                progress["step"] += 1
+                progress["loss_sum"] += loss * len(batch)
+                progress["images"] += len(batch)
+                last = progress["curve"][-1]["val_accuracy"] if progress["curve"] else float("nan")
+                bar.set_postfix_str(f"loss {loss:.4f}, validation {last:.2%}, {_queries(phases):,} queries", refresh=False)
+                bar.update()
+                if progress["step"] < before + len(batches) and time.perf_counter() - saved_at >= checkpoint_seconds:
+                    save()
+                    saved_at = time.perf_counter()
+        point = {
+            "epoch": epoch,
+            "queries": _queries(phases),
+            "seconds": progress["seconds"],
+            "loss": progress["loss_sum"] / progress["images"],
+            "val_accuracy": accuracy(model, validation),
+        }
+        progress["curve"].append(point)
+        progress["loss_sum"], progress["images"] = 0.0, 0
+        if point["val_accuracy"] > progress["best"]["val_accuracy"]:
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            progress["best"] = {"epoch": epoch, "val_accuracy": point["val_accuracy"], "model": weights}
+        save()
+        saved_at = time.perf_counter()
+        say(
+            f"epoch {epoch}/{epochs}: loss {point['loss']:.4f}, validation {point['val_accuracy']:.2%}, "
+            f"{point['queries']:,} queries, {point['seconds']:.1f} s"
+        )
+
+
+def _queries(phases: list[_Phase]) -> int:
+    return sum(phase.optimizer.queries for phase in phases)
+
+
+def _generator(config: Config, purpose: str) -> torch.Generator:
+    """A generator of its own for each purpose, so that no draw depends on how often another one draws."""
+    digest = hashlib.sha256(f"{config.training.seed} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@contextmanager
+def _blame(config: Config, group: str):
+    """Name file and group in an error about values that are each allowed, but not together."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExperimentError(f"{config.file}: {group}: {error}") from error
+
+
+def _model(config: Config) -> nn.Module:
+    options = config.model.model_dump(exclude={"name"})
+    with _blame(config, "model"):
+        return getattr(models, config.model.name)(**options, generator=_generator(config, "weights"))
+
+
+def _prune(config: Config, model: nn.Module, train: mnist.Split) -> dict[str, Tensor] | None:
+    """The masks, with the removed weights of `model` set to zero; None without pruning."""
+    if config.pruning is None:
+        return None
+    method, ratio, generator = config.pruning.method, config.pruning.target_ratio, _generator(config, "pruning")
+    with _blame(config, "pruning"):
+        if method == "magnitude":
+            masks = pruning.magnitude(model, ratio)
+        elif method == "random":
+            masks = pruning.random(model, ratio, generator)
+        else:
+            batch = mnist.class_balanced(train, config.pruning.per_class, generator)
+            if method == "snip":
+                masks = pruning.snip(model, cross_entropy, *batch, ratio)
+            else:
+                masks = pruning.grasp(model, cross_entropy, *batch, ratio, config.pruning.temperature)
+        if config.pruning.shuffle:
+            masks = pruning.shuffle(masks, generator)
+    pruning.apply_masks(model, masks)
+    return masks
+
+
+def _phases(config: Config, model: nn.Module, masks: dict | None, epoch_steps: int, steps: int) -> list[_Phase]:
+    """The optimiser and its scheduler; for mix both pairs, each scheduler over its own steps."""
+    groups, switch = [config.optimizer], steps
+    if config.optimizer.name == "mix":
+        groups = [config.optimizer.SGD, config.optimizer.SCD]
+        switch = min(steps, (config.optimizer.switch_epoch - 1) * epoch_steps)
+    phases = []
+    for group, first, last in zip(groups, (0, switch), (switch, steps), strict=False):
+        options = group.model_dump(exclude={"name"})
+        with _blame(config, "optimizer"):
+            generator = _generator(config, f"optimizer {group.name}")
+            optimizer = METHODS[group.name](model, cross_entropy, masks, **options, generator=generator)
+        phases.append(_Phase(optimizer, _scheduler(config, optimizer, epoch_steps, last - first), first))
+    return phases
+
+
+def _scheduler(config: Config, optimizer, epoch_steps: int, steps: int) -> lr_scheduler.LRScheduler:
+    """A scheduler that is stepped once a training step."""
+    group = config.scheduler
+    if group is None:
+        return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    if group.name == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), group.eta_min)
+    if group.name == "step":
+        return lr_scheduler.StepLR(optimizer, group.step_size * epoch_steps, group.gamma)
+    return lr_scheduler.ExponentialLR(optimizer, group.gamma ** (1 / epoch_steps))
+
+
+def _check_files(config: Config, out: Path | None, resume: bool) -> dict | None:
+    """Raise ExperimentError where the run may not write; return the record of a run that is finished already."""
+    if out is None:
+        if resume:
+            raise ExperimentError("a run resumes from the checkpoint beside its record: say which, by --out FILE.json")
+        return None
+    if out.suffix != ".json" or out.is_dir():
+        raise ExperimentError(f"{out}: the record should be a file whose name ends in .json")
+    if not out.parent.is_dir():
+        raise ExperimentError(f"{out}: the folder {out.parent} does not exist")
+    if resume and out.exists():
+        record = load_record(out)
+        if record["config_hash"] != config.hash():
+            raise ExperimentError(f"{out}: is the record of another run, of {record['name']}")
+        return record
+    for path in () if resume else (out, checkpoint_path(out)):
+        if path.exists():
+            raise ExperimentError(f"{path}: exists already; resume that run, delete it or choose another record")
+    return None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ExperimentError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

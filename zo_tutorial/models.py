@@ -1,0 +1,147 @@
+"""The MNIST classifiers: dense, convolutional, TTM and TT.
+
+All take images (B, 784) or (B, 1, 28, 28), normalised, and return logits (B, 10). All weights start with variance
+2 / fan_in (Kaiming's for ReLU), all biases at zero. `generator` fixes the initial weights; None is
+torch's global generator.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
+
+PIXELS = 28 * 28
+CLASSES = 10
+TTM_LAYERS = {
+    "TensorizedLinear_module": TensorizedLinear_module,
+    "TensorizedLinear_module_tonn": TensorizedLinear_module_tonn,
+}
+
+
+class _TwoLayers(nn.Module):
+    """logits = fc2(relu(fc1(x))), the map of the three fully connected models."""
+
+    def __init__(self, fc1: nn.Module, fc2: nn.Module):
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(images.flatten(1))))  # (B, 10)
+
+
+class MNIST_FC(_TwoLayers):
+    """Dense 784–hidden–10 without biases: 203,264 parameters with hidden = 256."""
+
+    def __init__(self, hidden: int = 256, *, generator: Generator | None = None):
+        fc1 = _kaiming(nn.utils.skip_init(nn.Linear, PIXELS, hidden, bias=False), generator)
+        fc2 = _kaiming(nn.utils.skip_init(nn.Linear, hidden, CLASSES, bias=False), generator)
+        super().__init__(fc1, fc2)
+
+
+class MNIST_TTM(_TwoLayers):
+    """784–256–10 with both weights in TTM format: 1,504 parameters.
+
+    With factors (7, 4, 4, 7), (8, 4, 4, 8), (1, 5, 2, 1), max_rank 6 and biases it is a 784–1024–10 net of 3,962
+    parameters.
+
+    Args:
+        in_factors: p factors of 784.
+        hidden_factors: p factors of the hidden width.
+        out_factors: p factors of 10.
+        max_rank: bound for the ranks of both layers.
+        bias: whether both layers have a bias.
+        layer: 'TensorizedLinear_module', or 'TensorizedLinear_module_tonn' for the photonic form of the same map.
+
+    Raises:
+        ValueError: unknown layer, or factors that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_factors: Sequence[int] = (4, 7, 7, 4),
+        hidden_factors: Sequence[int] = (4, 4, 4, 4),
+        out_factors: Sequence[int] = (1, 5, 2, 1),
+        max_rank: int = 4,
+        bias: bool = False,
+        layer: str = "TensorizedLinear_module",
+        *,
+        generator: Generator | None = None,
+    ):
+        if layer not in TTM_LAYERS:
+            raise ValueError(f"layer: {layer!r} is unknown; choose from {', '.join(TTM_LAYERS)}")
+        hidden, options = prod(hidden_factors), {"max_rank": max_rank, "generator": generator}
+        super().__init__(
+            TTM_LAYERS[layer](PIXELS, hidden, bias, [in_factors, hidden_factors], **options),
+            TTM_LAYERS[layer](hidden, CLASSES, bias, [hidden_factors, out_factors], **options),
+        )
+
+
+class MNIST_TT(_TwoLayers):
+    """784–256–10 with both weights in TT format, rank 20 lowered to the attainable: 10,685 parameters.
+
+    Args:
+        in_factors: p factors of 784.
+        hidden_factors: p factors of the hidden width.
+        out_factors: p factors of 10.
+        max_rank: bound for the ranks of both layers.
+        bias: whether both layers have a bias.
+
+    Raises:
+        ValueError: factors that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_factors: Sequence[int] = (4, 7, 7, 4),
+        hidden_factors: Sequence[int] = (4, 4, 4, 4),
+        out_factors: Sequence[int] = (1, 5, 2, 1),
+        max_rank: int = 20,
+        bias: bool = False,
+        *,
+        generator: Generator | None = None,
+    ):
+        super().__init__(
+            TensorizedLinear(in_factors, hidden_factors, max_rank, bias, generator=generator),
+            TensorizedLinear(hidden_factors, out_factors, max_rank, bias, generator=generator),
+        )
+
+
+class MNIST_CNN(nn.Module):
+    """Three convolutions of stride 2 with ReLU, 28 → 12 → 6 → 3 pixels wide, then a linear layer.
+
+    4,278 parameters and 77 thousand multiply-adds an image with the default widths: the strides do the work of pooling
+    and keep a query cheap.
+
+    Args:
+        widths: the number of channels after each of the three convolutions.
+
+    Raises:
+        ValueError: not three widths.
+    """
+
+    def __init__(self, widths: Sequence[int] = (8, 12, 16), *, generator: Generator | None = None):
+        super().__init__()
+        if len(widths) != 3:
+            raise ValueError(f"widths must be three numbers of channels, not {widths}")
+        a, b, c = widths
+        self.conv1 = _kaiming(nn.utils.skip_init(nn.Conv2d, 1, a, 5, stride=2), generator)
+        self.conv2 = _kaiming(nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=2, padding=1), generator)
+        self.conv3 = _kaiming(nn.utils.skip_init(nn.Conv2d, b, c, 3, stride=2, padding=1), generator)
+        self.fc = _kaiming(nn.utils.skip_init(nn.Linear, 3 * 3 * c, CLASSES), generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.reshape(len(images), 1, 28, 28)
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = F.relu(conv(x))  # (B, width, 12, 12), then 6, then 3
+        return self.fc(x.flatten(1))  # (B, 10)
+
+
+def _kaiming(layer: nn.Linear | nn.Conv2d, generator: Generator | None) -> nn.Linear | nn.Conv2d:
+    """Weight ~ N(0, 2 / fan_in), bias 0."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

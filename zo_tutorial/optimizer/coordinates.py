@@ -1,0 +1,153 @@
+"""ZO-SCD: stochastic coordinate descent from losses at shifted coordinates (chapter 4)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zo_tutorial.estimators import finite_difference, three_point_sign, two_point_sign
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+
+GRAD_ESTIMATORS = ("sign", "batch", "esti")
+
+
+class ZO_SCD_mask(ZerothOrderOptimizer):
+    """Coordinate descent on loss queries, with d trained coordinates of which a step skips a random share.
+
+    sign: one coordinate after the other, in place. Try θ_i + η and keep it if the running loss drops. Otherwise take
+    θ_i − η: always (STP off), or only if that lowers the running loss (STP on, stochastic three points: Bergou et al.,
+    2020). 1 + k to 1 + 2k queries for k kept coordinates.
+
+    batch: all around the same θ. ĝ_i = −1 if L(θ+η e_i) < L(θ), else +1 (1 + k queries); STP on: −1, +1 or 0 for the
+    smallest of L(θ+η e_i), L(θ−η e_i), L(θ) (1 + 2k queries). Probe and step are both the current learning rate η.
+
+    esti: finite differences around the same θ, (L(θ+h e_i) − L(θ)) / h (1 + k queries); STP on: two-sided,
+    (L(θ+h e_i) − L(θ−h e_i)) / 2h (1 + 2k queries).
+
+    batch and esti hand ĝ, zero for skipped coordinates, to torch.optim.SGD or torch.optim.Adam. Chapter 4 derives all
+    three.
+
+    Args:
+        model, criterion, masks, opt_layers_strs, generator, query_mode: as for `ZO_SGD_mask`.
+        lr: learning rate η; 0 is legal.
+        grad_sparsity: probability that a trained coordinate is skipped in a step.
+        h_smooth: finite-difference step h of esti.
+        grad_estimator: "sign", "batch" or "esti".
+        STP: stochastic three points (sign, batch), two-sided differences (esti).
+        momentum, weight_decay, dampening: of torch.optim.SGD (weight_decay also of Adam).
+        adam: use torch.optim.Adam, with `beta_1`, `beta_2`, `eps`.
+
+    Raises:
+        ValueError: an impossible value or combination (sign with an update rule, adam with momentum or dampening), an
+            unknown layer or parameter name, a mask that keeps nothing.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = ZO_SCD_mask(model, torch.nn.functional.cross_entropy, None, grad_estimator="esti",
+        ...                         grad_sparsity=0)
+        >>> outputs, loss = optimizer.step(torch.ones(5, 3), torch.zeros(5, dtype=torch.long))
+        >>> optimizer.queries
+        17
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable,
+        masks: dict[str, Tensor] | None,
+        lr: float = 0.1,
+        grad_sparsity: float = 0.1,
+        h_smooth: float = 0.001,
+        grad_estimator: str = "sign",
+        opt_layers_strs: str | list[str] = [],  # noqa: B006 (never changed)
+        STP: bool = True,
+        momentum: float = 0,
+        weight_decay: float = 0,
+        dampening: float = 0,
+        adam: bool = False,
+        beta_1: float = 0.9,
+        beta_2: float = 0.98,
+        eps: float = 1e-06,
+        *,
+        generator: torch.Generator | None = None,
+        query_mode: str = "auto",
+    ):
+        if grad_estimator not in GRAD_ESTIMATORS:
+            raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose one of {', '.join(GRAD_ESTIMATORS)}")
+        if not 0 <= grad_sparsity <= 1:
+            raise ValueError(f"grad_sparsity must lie between 0 and 1, not {grad_sparsity}")
+        if not h_smooth > 0:
+            raise ValueError(f"h_smooth must be above 0, not {h_smooth}")
+        if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam):
+            raise ValueError("grad_estimator 'sign' moves the weights itself: no momentum, weight_decay, dampening, adam")
+        if adam and (momentum or dampening):
+            raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
+        self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
+        self.grad_estimator, self.STP = grad_estimator, STP
+
+        def rule(parameters):
+            if adam:
+                return torch.optim.Adam(parameters, lr, betas=(beta_1, beta_2), eps=eps, weight_decay=weight_decay)
+            return torch.optim.SGD(parameters, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+
+        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode)
+
+    def step(self, inputs, targets) -> tuple:
+        """One update; the class docstring counts its queries.
+
+        Returns:
+            (outputs, loss) of the unperturbed model before the update.
+        """
+        outputs, loss = self._start(inputs, targets)
+        chosen = self._choose()
+        if self.grad_estimator == "sign":
+            self._descend_in_turn(chosen, loss.item())
+            return outputs, loss
+        estimate = {}
+        for name, kept in chosen.items():
+            estimate[name] = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
+            if kept.any():
+                estimate[name][kept] = self._estimate(name, self.index[name][kept], loss)
+        self._update(estimate)
+        return outputs, loss
+
+    def _choose(self) -> dict[str, Tensor]:
+        """Toss a coin for each trained coordinate: True for those that this step does not skip."""
+        d = sum(map(len, self.index.values()))
+        toss = torch.rand(d, generator=self.generator, device=self.generator.device)
+        kept = (toss >= self.grad_sparsity).split([len(positions) for positions in self.index.values()])
+        return {name: k.to(self.index[name].device) for name, k in zip(self.index, kept, strict=True)}
+
+    def _estimate(self, name: str, positions: Tensor, loss: Tensor) -> Tensor:
+        """ĝ at some positions of one parameter: (K,)."""
+        step = self.h_smooth if self.grad_estimator == "esti" else self.lr
+        losses = self.loss_queries.coordinates(name, positions, [step, -step] if self.STP else [step])  # (2 or 1, K)
+        plus, minus = losses[0], losses[-1]
+        if self.grad_estimator == "esti":
+            return finite_difference(plus, minus, 2 * step) if self.STP else finite_difference(plus, loss, step)
+        return three_point_sign(plus, minus, loss) if self.STP else two_point_sign(plus, loss)
+
+    @torch.no_grad()
+    def _descend_in_turn(self, chosen: dict[str, Tensor], running: float) -> None:
+        """`sign`: move the coordinates one by one. If a query fails, all weights return to where the step began."""
+        before = {name: parameter.clone() for name, parameter in self.trained.items()}
+        try:
+            for name, kept in chosen.items():
+                for position in self.index[name][kept].tolist():
+                    running = self._descend(name, position, running)
+        except BaseException:
+            for name, parameter in self.trained.items():
+                parameter.copy_(before[name])
+            raise
+
+    def _descend(self, name: str, position: int, running: float) -> float:
+        """Move one coordinate; return the running loss."""
+        plus = self.loss_queries.probe(name, position, self.lr)
+        if plus < running:
+            self.loss_queries.move(name, position, self.lr)
+            return plus
+        minus = self.loss_queries.probe(name, position, -self.lr)
+        if minus < running or not self.STP:
+            self.loss_queries.move(name, position, -self.lr)
+            return minus
+        return running

@@ -1,0 +1,124 @@
+"""Lottery tickets at initialisation: which weights to keep before any training. Chapter 5 derives the score.
+
+Every method gives masks: {parameter name: bool tensor of its shape, True = kept} over the prunable parameters, the
+weights and cores of all supported layers. Biases are never pruned. int(target_ratio · N) of all N weights are removed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from zo_tutorial.selection import select_parameters
+
+
+def grasp(
+    model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float, temperature: float = 200.0
+) -> dict[str, Tensor]:
+    """GraSP (Wang, Zhang and Grosse, 2020): remove the weights with the largest scores, under one global threshold.
+
+    Args:
+        model: scored at its present weights, the ones that will be trained; left as it is.
+        criterion: a callable from (outputs, targets) to one number that autograd can differentiate.
+        inputs, targets: a class-balanced batch.
+        target_ratio: fraction of the weights that is removed, 0 ≤ target_ratio < 1.
+        temperature: T, by which the logits are divided.
+
+    Raises:
+        ValueError: impossible `target_ratio`, or no supported layer.
+    """
+    scores = grasp_scores(model, criterion, inputs, targets, temperature)
+    return _remove_lowest({name: -score for name, score in scores.items()}, target_ratio)
+
+
+def grasp_scores(
+    model: nn.Module, criterion: Callable, inputs, targets, temperature: float = 200.0
+) -> dict[str, Tensor]:
+    """S(θ) = −θ ⊙ Hg: half the first-order change of ‖g‖² when a weight is removed (δ = −θ_i e_i, Δ‖g‖² ≈ 2 δᵀHg)."""
+    theta, loss = _loss_at_weights(model, criterion, inputs, targets, temperature)
+    g = torch.autograd.grad(loss, theta.values(), create_graph=True)
+    # Hg is the gradient of gᵀc with c, a copy of g, held constant.
+    product = sum((gradient * gradient.detach()).sum() for gradient in g)
+    hg = torch.autograd.grad(product, theta.values())
+    return {name: -weight.detach() * h for (name, weight), h in zip(theta.items(), hg, strict=True)}
+
+
+def snip(model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float) -> dict[str, Tensor]:
+    """SNIP (Lee, Ajanthan and Torr, 2019): keep the weights with the largest |θ ⊙ g|."""
+    theta, loss = _loss_at_weights(model, criterion, inputs, targets)
+    g = torch.autograd.grad(loss, theta.values())
+    scores = {name: (w.detach() * gradient).abs() for (name, w), gradient in zip(theta.items(), g, strict=True)}
+    return _remove_lowest(scores, target_ratio)
+
+
+def magnitude(model: nn.Module, target_ratio: float) -> dict[str, Tensor]:
+    """Keep the weights with the largest |θ|."""
+    return _remove_lowest({name: w.detach().abs() for name, w in _prunable(model).items()}, target_ratio)
+
+
+def random(model: nn.Module, target_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Keep weights at random, the same share in every layer (to within one weight)."""
+    _check_ratio(target_ratio)
+    masks, seen, removed = {}, 0, 0
+    for name, weight in _prunable(model).items():
+        seen += weight.numel()
+        now = int(target_ratio * seen) - removed  # rounded on the running total, so the whole is int(ratio · N)
+        masks[name] = torch.ones_like(weight, dtype=torch.bool)
+        masks[name].view(-1)[torch.randperm(weight.numel(), generator=generator)[:now]] = False
+        removed += now
+    return masks
+
+
+def shuffle(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """The control for any mask: the same number kept in each parameter, at random places."""
+    order = {name: torch.randperm(mask.numel(), generator=generator) for name, mask in masks.items()}
+    return {name: mask.flatten()[order[name]].view_as(mask) for name, mask in masks.items()}
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Set the removed weights to zero."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask, 0)
+
+
+def table(masks: dict[str, Tensor]) -> str:
+    """Kept and removed weights of each parameter and in all, as text."""
+    rows = [(name, int(mask.sum()), mask.numel()) for name, mask in masks.items()]
+    rows.append(("all", sum(kept for _, kept, _ in rows), sum(size for _, _, size in rows)))
+    width = max(len("parameter"), *(len(name) for name, _, _ in rows))
+    lines = [f"{'parameter':{width}} {'weights':>10} {'kept':>10} {'removed':>10} {'kept %':>7}"]
+    for name, kept, size in rows:
+        lines.append(f"{name:{width}} {size:>10,} {kept:>10,} {size - kept:>10,} {100 * kept / size:>7.2f}")
+    return "\n".join(lines)
+
+
+def _prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    trained, _ = select_parameters(model, [])
+    return {name: parameter for name, parameter in trained.items() if name.rpartition(".")[2] != "bias"}
+
+
+def _loss_at_weights(model, criterion, inputs, targets, temperature: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
+    """Copies of the prunable weights that autograd follows, and the loss at them, logits divided by `temperature`."""
+    theta = {name: weight.detach().clone().requires_grad_() for name, weight in _prunable(model).items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    outputs = functional_call(model, theta | buffers, inputs)
+    return theta, criterion(outputs / temperature, targets)
+
+
+def _remove_lowest(scores: dict[str, Tensor], target_ratio: float) -> dict[str, Tensor]:
+    """Masks that drop the int(target_ratio · N) lowest scores of all parameters together."""
+    _check_ratio(target_ratio)
+    flat = torch.cat([score.flatten() for score in scores.values()])  # (N,)
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    kept[flat.argsort(stable=True)[: int(target_ratio * len(flat))]] = False
+    pieces = kept.split([score.numel() for score in scores.values()])
+    return {name: piece.view_as(score) for (name, score), piece in zip(scores.items(), pieces, strict=True)}
+
+
+def _check_ratio(target_ratio: float) -> None:
+    if not 0 <= target_ratio < 1:
+        raise ValueError(f"target_ratio is the fraction removed: 0 <= target_ratio < 1, not {target_ratio}")
