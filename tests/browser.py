@@ -7,7 +7,6 @@ made by `explore`: each slider, moved by the arrow keys, changes picture and alt
 pictures of every page for people to look at: as wide as a desk and a phone, light and dark, sliders moved.
 """
 
-import base64
 import json
 import os
 import sys
@@ -111,20 +110,22 @@ def faults_of_width(browser):
         yield f"the page is {wide} pixels too wide for a phone"
 
 
-def shoot(browser, folder, name):
-    """The whole page as one picture."""
-    browser.execute_script("document.activeElement.blur(); scrollTo(0, 0)")
-    height = browser.execute_script("return document.scrollingElement.scrollHeight")
-    width = browser.execute_script("return window.innerWidth")
-    clip = {"x": 0, "y": 0, "width": width, "height": min(height, 16000), "scale": 1}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-    (folder / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
-
-
-def set_window(browser, size):
-    width, height = SIZES[size]
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
+def set_window(browser, size, height=None):
+    width, default = SIZES[size]
+    metrics = {"width": width, "height": height or default, "deviceScaleFactor": 1, "mobile": size == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def shoot(browser, folder, name, size):
+    """The whole page as one picture, in a window as high as the page."""
+    height = browser.execute_script(
+        """document.activeElement.blur();
+        scrollTo({top: 0, left: 0, behavior: "instant"});
+        return document.scrollingElement.scrollHeight;"""
+    )
+    set_window(browser, size, min(height, 16000))
+    browser.save_screenshot(str(folder / f"{name}-{size}.png"))
+    set_window(browser, size)
 
 
 def main(site):
@@ -147,14 +148,14 @@ def main(site):
                 sliders += len(browser.find_elements(By.CSS_SELECTOR, ".zo-explore input"))
                 equations += len(browser.find_elements(By.CSS_SELECTOR, "mjx-container"))
                 if folder:
-                    shoot(browser, folder, f"{page.stem}-desk")
+                    shoot(browser, folder, page.stem, "desk")
                     browser.execute_script("document.documentElement.dataset.theme = 'dark'")
-                    shoot(browser, folder, f"{page.stem}-dark")
+                    shoot(browser, folder, f"{page.stem}-dark", "desk")
                 set_window(browser, "phone")
                 visit(browser, page)
                 found += faults_of_width(browser)
                 if folder:
-                    shoot(browser, folder, f"{page.stem}-phone")
+                    shoot(browser, folder, page.stem, "phone")
                 found += faults_of_logs(browser)
                 faults += [f"{page.name}: {fault}" for fault in found]
         finally:

@@ -1,11 +1,15 @@
 """Small nets of every supported layer type, in float64, for the contract suites."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from zo_tutorial import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
 
+# Two workers with two threads each would fight over two cores. Notebook kernels inherit the environment.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 SHAPE = [[2, 3], [3, 2]]  # 6 -> 6

@@ -82,7 +82,7 @@ def test_class_balanced():
     assert len(batch.images.unique(dim=0)) == 70
     assert torch.equal(batch.images, again.images) and not torch.equal(batch.images, other.images)
     # each image keeps its own label
-    for image, label in zip(batch.images[:10], batch.labels[:10]):
+    for image, label in zip(batch.images[:10], batch.labels[:10], strict=True):
         assert label in split.labels[(split.images == image).all(1)]
     for per_class in (0, 401):
         with pytest.raises(DataError, match="1 to 400"):

@@ -26,10 +26,10 @@ SHIPPED = {
     + "TT/FO TT/SGD TT/SCD TTM/GraSP/FO TTM/GraSP/SCD CNN/FO CNN/SCD_esti".split()
     + "TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
 }
-# A net of 4 hidden units of which 317 of 3,176 weights are left, 4 steps an epoch.
+# A net of 4 hidden units of whose 3,176 weights 96 are left; 4 steps an epoch.
 SMALL = """
 model: {name: MNIST_FC, hidden: 4}
-pruning: {target_ratio: 0.9, per_class: 5}
+pruning: {target_ratio: 0.97, per_class: 5}
 optimizer: {name: FO, lr: 0.05}
 training: {epochs: 2, batch_size: 1000}
 data: {source: embedded}
@@ -47,15 +47,6 @@ METHODS = {
         "SCD": {key: value for key, value in ESTI.items() if key != "name"},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices gain nothing from a second thread, and lose much where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -83,8 +74,8 @@ def test_all_configs_are_there_and_valid():
 
 def test_configs_are_what_their_names_say():
     for net in ("FC", "TTM"):
-        by_name = {name: load_config(f"MNIST/{net}/{name}").optimizer for name in ("SCD", "STP", "SCD_batch", "SCD_esti")}
-        assert [(o.grad_estimator, o.STP) for o in by_name.values()] == [
+        optimizers = [load_config(f"MNIST/{net}/{name}").optimizer for name in ("SCD", "STP", "SCD_batch", "SCD_esti")]
+        assert [(optimizer.grad_estimator, optimizer.STP) for optimizer in optimizers] == [
             ("sign", False),
             ("sign", True),
             ("batch", False),
@@ -128,8 +119,8 @@ def test_every_key_is_described():
         ("lr: 0.05", "lr: 0.05, adam: 1", "optimizer.adam: should be a valid boolean, not 1"),
         ("name: FO", "name: Adam", "optimizer.name: should be one of 'FO', 'SGD', 'SCD', 'mix', not 'Adam'"),
         ("name: FO, ", "", "optimizer.name: is missing"),
-        ("target_ratio: 0.9", "target_ratio: 1.5", "pruning.target_ratio: should be less than 1, not 1.5"),
-        ("target_ratio: 0.9, ", "", "pruning.target_ratio: is missing"),
+        ("target_ratio: 0.97", "target_ratio: 1.5", "pruning.target_ratio: should be less than 1, not 1.5"),
+        ("target_ratio: 0.97, ", "", "pruning.target_ratio: is missing"),
         ("epochs: 2", "epochs: 0", "training.epochs: should be greater than or equal to 1, not 0"),
         ("epochs: 2", "epochs: 2.5", "training.epochs: should be a valid integer, not 2.5"),
         ("epochs: 2", "epochs: '2'", "training.epochs: should be a valid integer, not '2'"),
@@ -138,17 +129,17 @@ def test_every_key_is_described():
         ("name: MNIST_FC", "name: MNIST_RNN", "model.name: should be one of 'MNIST_FC', 'MNIST_TTM', 'MNIST_TT'"),
         ("lr: 0.05", "opt_layers_strs: nn.Lin", "optimizer.opt_layers_strs.0: should be 'nn.Linear', 'nn.Conv2d'"),
         ("training: {epochs: 2, batch_size: 1000}", "", "training: is missing"),
-        ("training: {epochs: 2, batch_size: 1000}", "training: 3", "training: should be a group of keys: epochs, batch"),
+        ("training: {epochs: 2, batch_size: 1000}", "training: 3", "training: should be a group of keys: epochs"),
         ("data:", "dataset:", "dataset: unknown key; allowed: model, pruning, optimizer, scheduler, training, data"),
         ("data:", "scheduler: {name: step}\ndata:", "scheduler.step_size: is missing"),
         ("data:", "model: {name: MNIST_FC}\ndata:", "cannot be read as YAML: model is given twice"),
         ("data: {", "data: {{", "cannot be read as YAML"),
         ("FO, lr: 0.05", "mix, SGD: {}, SCD: {lr: -1}, switch_epoch: 2", "optimizer.SCD.lr: should be greater than or"),
-        ("FO, lr: 0.05", "mix, SGD: {n_sample: 0}, SCD: {}, switch_epoch: 2", "optimizer.SGD.n_sample: should be great"),
+        ("FO, lr: 0.05", "mix, SGD: {n_sample: 0}, SCD: {}, switch_epoch: 2", "optimizer.SGD.n_sample: should be"),
         ("FO, lr: 0.05", "mix, SGD: {}, switch_epoch: 2", "optimizer.SCD: is missing"),
-        ("FO, lr: 0.05", "SCD, grad_estimator: best", "optimizer.grad_estimator: should be 'sign', 'batch' or 'esti', no"),
-        ("FO, lr: 0.05", "SCD, grad_sparsity: 1.1", "optimizer.grad_sparsity: should be less than or equal to 1, not 1"),
-        ("FO, lr: 0.05", "SGD, directions: up", "optimizer.directions: should be 'gaussian', 'rademacher' or 'orthogon"),
+        ("FO, lr: 0.05", "SCD, grad_estimator: best", "optimizer.grad_estimator: should be 'sign', 'batch' or 'esti'"),
+        ("FO, lr: 0.05", "SCD, grad_sparsity: 1.1", "optimizer.grad_sparsity: should be less than or equal to 1"),
+        ("FO, lr: 0.05", "SGD, directions: up", "optimizer.directions: should be 'gaussian', 'rademacher'"),
     ],
 )
 def test_a_bad_config_is_one_line_that_names_file_and_key(small, old, new, expected):
@@ -168,8 +159,8 @@ def test_a_file_that_is_no_config(small, content):
 
 
 def test_overrides(small):
-    overrides = schema.parse_overrides(["optimizer.lr=1e-3", "training.max_steps=7", "pruning=null", "optimizer.adam=no"])
-    config = load_config(small, overrides)
+    assignments = ["optimizer.lr=1e-3", "training.max_steps=7", "pruning=null", "optimizer.adam=no"]
+    config = load_config(small, schema.parse_overrides(assignments))
     assert config.optimizer.lr == 0.001 and config.optimizer.adam is False
     assert config.training.max_steps == 7 and config.pruning is None
     assert load_config(small, {"scheduler.name": "cosine"}).scheduler.name == "cosine"  # makes the group
@@ -241,7 +232,7 @@ def test_the_global_generator_is_left_alone(small):
 
 
 def test_queries_in_the_record(small):
-    trained = 318  # of 4 · 794 weights int(0.9 · 3176) = 2858 are removed
+    trained = 96  # of 4 · 794 weights int(0.97 · 3176) = 3080 are removed
     expected = {"FO": 1, "SGD": 41, "esti": None, "mix": None}
     for method, queries in expected.items():
         overrides = {"optimizer": METHODS[method]}
@@ -258,13 +249,14 @@ def test_queries_in_the_record(small):
 
 def test_the_best_epoch_is_chosen_on_validation_and_tested(small, tmp_path):
     out = tmp_path / "record.json"
-    config = load_config(small, {"training.epochs": 6, "optimizer.lr": 0.3})  # so large that it goes up and down
+    overfit = {"optimizer.lr": 0.03, "model.hidden": 8, "pruning": None, "training.batch_size": 100}
+    config = load_config(small, overfit | {"training.epochs": 6})
     record = run(config, out=out, quiet=True)
     accuracies = [point["val_accuracy"] for point in record["curve"]]
     assert record["val_accuracy"] == max(accuracies) != accuracies[-1]
     assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
     best = torch.load(tmp_path / "record.ckpt", weights_only=True)["progress"]["best"]["model"]
-    model = MNIST_FC(4)
+    model = MNIST_FC(8)
     model.load_state_dict(best)
     data = mnist.load("embedded")
     assert accuracy(model, data.validation) == record["val_accuracy"]
@@ -290,7 +282,7 @@ def test_removed_and_unchosen_weights_never_move(small, tmp_path, method):
             group["weight_decay"] = 0.1
     run(load_config(small, {"optimizer": optimizer}), out=tmp_path / "record.json", quiet=True)
     state = torch.load(tmp_path / "record.ckpt", weights_only=True)
-    assert sum(int(mask.sum()) for mask in state["masks"].values()) == 318
+    assert sum(int(mask.sum()) for mask in state["masks"].values()) == 96
     for name, mask in state["masks"].items():
         assert (state["model"][name][~mask] == 0).all() and (state["model"][name][mask] != 0).any()
 
@@ -366,7 +358,7 @@ def test_pruning_methods(small, tmp_path, method):
     for shuffle in (False, True):
         out = tmp_path / f"{shuffle}.json"
         overrides = {"pruning.method": method, "pruning.shuffle": shuffle, "training.max_steps": 1}
-        assert run(load_config(small, overrides), out=out, quiet=True)["trained_parameters"] == 318
+        assert run(load_config(small, overrides), out=out, quiet=True)["trained_parameters"] == 96
         masks[shuffle] = torch.load(out.with_suffix(".ckpt"), weights_only=True)["masks"]
     for name, mask in masks[False].items():
         assert mask.sum() == masks[True][name].sum() and not torch.equal(mask, masks[True][name])
@@ -377,12 +369,13 @@ def test_the_record_says_nothing_of_the_place(small, tmp_path):
     text = json.dumps(record)
     for secret in (socket.gethostname(), str(tmp_path), os.getcwd(), os.path.expanduser("~")):
         assert len(secret) < 3 or secret not in text
-    assert "threads" in record["machine"] and record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert "threads" in record["machine"]
+    assert torch.__version__.startswith(record["versions"]["torch"].partition("+")[0])
 
 
 def test_a_diverging_run_is_an_error(small):
     with pytest.raises(FloatingPointError, match="at step"):
-        run(load_config(small, {"optimizer.lr": 1e38, "training.epochs": 9}), quiet=True)
+        run(load_config(small, {"optimizer.lr": 1e30, "optimizer.adam": False}), quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -390,10 +383,10 @@ def test_a_diverging_run_is_an_error(small):
     [
         ({"optimizer.momentum": 0.9}, "optimizer: adam has moments of its own"),
         ({"optimizer": {"name": "SCD", "grad_estimator": "sign", "adam": True}}, "optimizer: grad_estimator 'sign'"),
-        ({"optimizer.opt_layers_strs": ["nn.Conv2d"]}, "optimizer: opt_layers_strs: the model has no layer of nn.Conv2d"),
+        ({"optimizer.opt_layers_strs": ["nn.Conv2d"]}, "optimizer: opt_layers_strs: the model has no layer of"),
         ({"pruning.per_class": 401}, "pruning: 401 examples of each class asked for"),
         ({"model": {"name": "MNIST_TTM", "in_factors": [3, 7, 7, 4]}}, "model: the in factors [3, 7, 7, 4] do not"),
-        ({"model": {"name": "MNIST_FC", "hidden": 1}, "pruning.target_ratio": 0.9999}, None),  # one weight of 794 is left
+        ({"model": {"name": "MNIST_FC", "hidden": 1}, "pruning.target_ratio": 0.9999}, None),  # one weight is left
     ],
 )
 def test_values_that_do_not_go_together(small, tmp_path, overrides, expected):
@@ -453,6 +446,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(small, tmp_path):
             deadline = time.monotonic() + 120
             while not checkpoint.exists() or torch.load(checkpoint, weights_only=True)["progress"]["step"] < start:
                 assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL and not killed.exists()
         assert start <= torch.load(checkpoint, weights_only=True)["progress"]["step"] <= end
@@ -572,7 +566,7 @@ def test_records_that_cannot_be_read(tmp_path):
     path = tmp_path / "record.json"
     with pytest.raises(ExperimentError, match=r"record\.json: no record can be read"):
         load_record(path)
-    for content, expected in (("{", "no record can be read"), ("[]", "is no record"), ('{"name": "a"}', "config, config_h")):
+    for content, expected in (("{", "no record can be read"), ("[]", "is no record"), ('{"name": 1}', "config, ")):
         path.write_text(content)
         with pytest.raises(ExperimentError, match=expected):
             load_record(path)

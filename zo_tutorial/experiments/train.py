@@ -23,6 +23,7 @@ from zo_tutorial.optimizer.base import ZerothOrderOptimizer
 
 METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
 EVALUATION_BATCH = 1000  # images
+BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
 
 
 def run(
@@ -153,8 +154,8 @@ def _train(config, model, phases, train, validation, progress, steps, save, chec
         batches = order.to(train.labels.device).split(config.training.batch_size)[: steps - before]
         done = progress["step"] - before
         phase = [phase for phase in phases if phase.first_step <= before][-1]
-        bar = tqdm(total=len(batches), initial=done, desc=f"epoch {epoch}/{epochs}", leave=False, disable=quiet or None)
-        with bar:
+        look = {"desc": f"epoch {epoch}/{epochs}", "bar_format": BAR, "leave": False, "disable": quiet or None}
+        with tqdm(total=len(batches), initial=done, **look) as bar:
             for batch in batches[done:]:
                 started = time.perf_counter()
                 _, loss = phase.optimizer.step(train.images[batch], train.labels[batch])
@@ -164,8 +165,8 @@ def _train(config, model, phases, train, validation, progress, steps, save, chec
                 progress["step"] += 1
                 progress["loss_sum"] += loss * len(batch)
                 progress["images"] += len(batch)
-                last = progress["curve"][-1]["val_accuracy"] if progress["curve"] else float("nan")
-                bar.set_postfix_str(f"loss {loss:.4f}, validation {last:.2%}, {_queries(phases):,} queries", refresh=False)
+                validated = f"{progress['curve'][-1]['val_accuracy']:.2%}" if progress["curve"] else "–"
+                bar.set_postfix_str(f"loss {loss:.4f}, validation {validated}, {_queries(phases):,} queries", False)
                 bar.update()
                 if progress["step"] < before + len(batches) and time.perf_counter() - saved_at >= checkpoint_seconds:
                     save()

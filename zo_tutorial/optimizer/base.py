@@ -31,13 +31,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rule: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         generator: torch.Generator | None,
         query_mode: str,
+        memory: float,
     ):
         self.trained, self.layers = select_parameters(model, opt_layers_strs)
         self.index = kept_positions(model, self.trained, masks)
         if generator is None:
             generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         self.generator = generator
-        self.loss_queries = LossQueries(model, criterion, self.trained, query_mode)
+        self.loss_queries = LossQueries(model, criterion, self.trained, query_mode, memory)
         self.rule = rule(list(self.trained.values()))
         super().__init__(self.rule.param_groups, self.rule.defaults)
         self._share_with_rule()

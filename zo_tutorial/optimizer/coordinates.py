@@ -28,7 +28,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     three.
 
     Args:
-        model, criterion, masks, opt_layers_strs, generator, query_mode: as for `ZO_SGD_mask`.
+        model, criterion, masks, opt_layers_strs, generator, query_mode, memory: as for `ZO_SGD_mask`.
         lr: learning rate η; 0 is legal.
         grad_sparsity: probability that a trained coordinate is skipped in a step.
         h_smooth: finite-difference step h of esti.
@@ -71,6 +71,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         *,
         generator: torch.Generator | None = None,
         query_mode: str = "auto",
+        memory: float = 512,
     ):
         if grad_estimator not in GRAD_ESTIMATORS:
             raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose one of {', '.join(GRAD_ESTIMATORS)}")
@@ -90,7 +91,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
                 return torch.optim.Adam(parameters, lr, betas=(beta_1, beta_2), eps=eps, weight_decay=weight_decay)
             return torch.optim.SGD(parameters, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
 
-        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode)
+        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
 
     def step(self, inputs, targets) -> tuple:
         """One update; the class docstring counts its queries.
@@ -133,21 +134,9 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         before = {name: parameter.clone() for name, parameter in self.trained.items()}
         try:
             for name, kept in chosen.items():
-                for position in self.index[name][kept].tolist():
-                    running = self._descend(name, position, running)
+                positions = self.index[name][kept]
+                running = self.loss_queries.descend(name, positions, self.lr, self.STP, running)
         except BaseException:
             for name, parameter in self.trained.items():
                 parameter.copy_(before[name])
             raise
-
-    def _descend(self, name: str, position: int, running: float) -> float:
-        """Move one coordinate; return the running loss."""
-        plus = self.loss_queries.probe(name, position, self.lr)
-        if plus < running:
-            self.loss_queries.move(name, position, self.lr)
-            return plus
-        minus = self.loss_queries.probe(name, position, -self.lr)
-        if minus < running or not self.STP:
-            self.loss_queries.move(name, position, -self.lr)
-            return minus
-        return running

@@ -32,7 +32,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         two_sided: difference of θ+σu and θ−σu, else of θ+σu and θ.
         directions: "gaussian", "rademacher" or "orthogonal".
         generator: source of all randomness of a step, dropout included; seeded from torch's global one by default.
-        query_mode: how losses are evaluated, see `LossQueries`.
+        query_mode, memory: how losses are evaluated, and in how many MB; see `LossQueries`.
 
     Raises:
         ValueError: an impossible value, an unknown layer or parameter name, a mask that keeps nothing.
@@ -61,6 +61,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         directions: str = "gaussian",
         generator: torch.Generator | None = None,
         query_mode: str = "auto",
+        memory: float = 512,
     ):
         if not sigma > 0:
             raise ValueError(f"sigma must be above 0, not {sigma}")
@@ -71,7 +72,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         self.sigma, self.n_sample, self.signSGD = sigma, n_sample, signSGD
         self.two_sided, self.directions, self.layer_by_layer = two_sided, directions, layer_by_layer
         rule = lambda parameters: torch.optim.SGD(parameters, lr=lr)  # noqa: E731
-        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode)
+        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
 
     def step(self, inputs, targets) -> tuple:
         """One update from 2n+1 (one-sided n+1) queries; layer by layer, the n for each layer.

@@ -1,0 +1,196 @@
+"""The command line: what it prints, and one clear line with exit code 2 for every user's error."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zo_tutorial.__main__ import main
+
+PYTHON_M = [sys.executable, "-m", "zo_tutorial"]
+FC = ["mnist", "-config", "MNIST/FC/FO.yml"]
+QUICK = [*FC, "--quick", "--set", "training.max_steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Commands run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capsys, *argv) -> str:
+    """Run a command that must fail; return the last line on stderr, the error."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err and err.endswith("\n")
+    lines = err.splitlines()
+    assert all(line.startswith(("usage:", " ")) for line in lines[:-1]), err  # argparse prints a usage line
+    assert lines[-1].startswith("python -m zo_tutorial")
+    return lines[-1]
+
+
+def test_a_run_prints_its_data_its_epochs_and_its_record(capsys):
+    assert main(QUICK) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "data: embedded MNIST; train 4,000, validation 500, test 500"
+    assert out[1].startswith("epoch 1/1: loss ") and "validation" in out[1] and "2 queries" in out[1]
+    assert out[2].startswith("MNIST/FC/FO: test ")
+    record = json.loads(out[3])
+    assert record["name"] == "MNIST/FC/FO" and record["queries"] == 2
+
+
+def test_the_record_and_the_checkpoint_lie_beside_each_other(elsewhere, capsys):
+    assert main([*QUICK, "--out", "record.json", "--seed", "7", "--epochs", "1", "--data", "embedded"]) == 0
+    assert capsys.readouterr().out.endswith("record: record.json\n")
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["record.ckpt", "record.json"]
+    record = json.loads((elsewhere / "record.json").read_text())
+    assert record["seed"] == 7 and record["config"]["training"]["seed"] == 7
+    assert main([*QUICK, "--out", "record.json", "--seed", "7", "--epochs", "1", "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["configs/MNIST/TTM/FO.yml", "MNIST/TTM/FO.yml", "MNIST/TTM/FO"])
+def test_a_config_of_the_package_is_found_from_anywhere(capsys, path):
+    assert main(["mnist", "-config", path, "--quick", "--set", "training.max_steps=1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["name"] == "MNIST/TTM/FO"
+
+
+def test_a_file_here_comes_before_the_package(elsewhere, capsys):
+    path = elsewhere / "configs" / "MNIST" / "FC" / "FO.yml"
+    path.parent.mkdir(parents=True)
+    path.write_text("model: {name: MNIST_FC, hidden: 5}\noptimizer: {name: FO}\ntraining: {epochs: 1}\n")
+    assert main(["mnist", "-config", "configs/MNIST/FC/FO.yml", "--quick"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["name"] == "MNIST/FC/FO" and record["parameters"] == 5 * 794
+
+
+def test_list(capsys):
+    assert main(["mnist", "--list"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(lines) == 24 and "MNIST/TTM/GraSP/SCD.yml" in lines
+
+
+def test_help_is_no_error(capsys):
+    assert main(["--help"]) == 0 and main(["mnist", "--help"]) == 0
+    assert "never overwritten" in " ".join(capsys.readouterr().out.split())
+
+
+def test_data_shows_what_there_is(elsewhere, capsys):
+    assert main(["data", "--root", str(elsewhere)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"data folder: {elsewhere}: no MNIST; --download gets it"
+    assert lines[1].startswith("embedded MNIST")
+    assert lines[2].split() == ["train", "4,000"] + ["400"] * 10
+    assert lines[4].split() == ["test", "500"] + ["50"] * 10
+
+
+@pytest.mark.skipif(not os.environ.get("ZO_TUTORIAL_DATA"), reason="needs full MNIST in $ZO_TUTORIAL_DATA")
+def test_data_shows_full_mnist(capsys):
+    assert main(["data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": full MNIST")
+    assert [line.split()[1] for line in lines[2:]] == ["55,000", "5,000", "10,000"]
+
+
+def test_auto_without_data_warns_in_one_line(elsewhere, capsys, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: nobody answers
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert main([*QUICK, "--data", "auto", "--root", str(elsewhere / "nowhere")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("data: embedded MNIST")
+    warning = [line for line in err.splitlines() if line.startswith("warning: using the 5,000 embedded MNIST images")]
+    assert len(warning) == 1 and str(elsewhere / "nowhere") in warning[0]
+    last = error_of(capsys, *QUICK, "--data", "full", "--root", str(elsewhere / "nowhere"))
+    assert "the download failed" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: command"),
+        (["encode"], "invalid choice: 'encode'"),
+        (["mnist"], "mnist needs -config PATH; --list shows"),
+        (["mnist", "--confg", "x"], "unrecognized arguments: --confg"),
+        (["mnist", "-config", "missing.yml"], "missing.yml: no such file, and no config of the package"),
+        (["mnist", "-config", "."], ".: no such file"),
+        ([*FC, "--set", "optimizer.lrr=1"], "FO.yml: optimizer.lrr: unknown key; allowed: name, lr, momentum"),
+        ([*FC, "--set", "optimizer.lr=fast"], "FO.yml: optimizer.lr: should be a valid number, not 'fast'"),
+        ([*FC, "--set", "pruning.target_ratio=1.5"], "FO.yml: pruning.target_ratio: should be less than 1, not 1.5"),
+        ([*FC, "--set", "pruning.target_ratio=1"], "FO.yml: pruning.target_ratio: should be less than 1, not 1"),
+        ([*FC, "--set", "optimizer.lr"], "--set optimizer.lr: should be key=value"),
+        ([*FC, "--set", "optimizer.opt_layers_strs=nn.Lin"], "opt_layers_strs.0: should be 'nn.Linear', 'nn.Conv2d'"),
+        ([*FC, "--epochs", "0"], "FO.yml: training.epochs: should be greater than or equal to 1, not 0"),
+        ([*FC, "--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
+        ([*FC, "--data", "cifar"], "argument --data: invalid choice: 'cifar'"),
+        ([*FC, "--seed", "-1"], "FO.yml: training.seed: should be greater than or equal to 0, not -1"),
+        ([*FC, "--resume"], "--out FILE.json"),
+        ([*FC, "--out", "record.txt"], "record.txt: the record should be a file whose name ends in .json"),
+        ([*FC, "--out", "nowhere/record.json"], "nowhere/record.json: the folder nowhere does not exist"),
+        ([*QUICK, "--device", "gpu7"], "device 'gpu7' cannot be used"),
+        ([*QUICK, "--set", "optimizer.opt_layers_strs=nn.Conv2d"], "FO.yml: optimizer: opt_layers_strs: the model has"),
+        ([*QUICK, "--set", "optimizer.momentum=0.9"], "FO.yml: optimizer: adam has moments of its own"),
+        ([*QUICK, "--set", "optimizer.adam=false", "--set", "optimizer.lr=1e35"], "the loss is"),
+        (["data", "--roo", "x"], "unrecognized arguments: --roo"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(elsewhere, capsys, arguments, expected):
+    assert expected in error_of(capsys, *arguments)
+    assert not list(elsewhere.iterdir())
+
+
+def test_bad_files_are_named_and_nothing_is_overwritten(elsewhere, capsys):
+    bad = elsewhere / "bad.yml"
+    bad.write_text("model: {name: MNIST_FC\n")
+    assert "bad.yml: cannot be read as YAML" in error_of(capsys, "mnist", "-config", "bad.yml")
+    raw = elsewhere / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\0" * 100)
+    for arguments in ([*FC, "--root", "."], ["data", "--root", "."]):
+        last = error_of(capsys, *arguments)
+        assert "MNIST/raw/train-images-idx3-ubyte is damaged: 100 bytes, not 47040016" in last
+    record, checkpoint = elsewhere / "record.json", elsewhere / "record.ckpt"
+    record.write_text("mine")
+    assert "record.json: exists already" in error_of(capsys, *QUICK, "--out", "record.json")
+    assert "record.json: no record can be read" in error_of(capsys, *QUICK, "--out", "record.json", "--resume")
+    assert record.read_text() == "mine" and not checkpoint.exists()
+    record.unlink()
+    checkpoint.write_bytes(b"mine")
+    assert "record.ckpt: exists already" in error_of(capsys, *QUICK, "--out", "record.json")
+    last = error_of(capsys, *QUICK, "--out", "record.json", "--resume")
+    assert "record.ckpt: damaged, or no checkpoint" in last
+    assert checkpoint.read_bytes() == b"mine" and not record.exists()
+
+
+def test_a_real_process_reports_an_error_without_traceback():
+    command = [*PYTHON_M, *FC, "--set", "pruning.target_ratio=1.5"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("python -m zo_tutorial: error: ") and result.stderr.count("\n") == 1
+    assert "FO.yml: pruning.target_ratio: should be less than 1, not 1.5" in result.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(elsewhere):
+    command = [*PYTHON_M, *QUICK, "--set", "training.max_steps=64", "--set", "optimizer={name: SGD}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    checkpoint = Path("record.ckpt")
+    with subprocess.Popen([*command, "--out", "record.json"], env=environment, stderr=subprocess.PIPE) as process:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read().decode().splitlines()
+    assert process.returncode == 130
+    assert error[-1].startswith("python -m zo_tutorial: interrupted; the same command with --resume goes on")
+    torch.load(checkpoint, weights_only=True)
+    arguments = [*command[3:], "--out", "record.json", "--resume"]
+    assert main(arguments) == 0 and json.loads(Path("record.json").read_text())["queries"] == 64 * 41

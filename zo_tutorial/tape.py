@@ -1,0 +1,243 @@
+"""A recording of one forward pass: which calls led from each layer's output to the loss.
+
+Within a step the loss is a deterministic function of the parameters, so one recorded pass tells what every later query
+will do. `Tape` writes down each call to torch, a supported layer being one call. Chapter 9 replays from it only what
+lies behind a changed weight: all other results stand.
+
+A tape refuses (`Unsuitable`) rather than guess: where a value left torch (`.item()`, numpy), came from a place that
+torch does not show, or was overwritten after its use.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+# Calls that return no tensor and yet say nothing about values.
+FACTS = {"dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__"}
+ARGUMENTS = {function: list(signature(function).parameters) for function in (F.dropout, F.batch_norm)}
+
+
+class Unsuitable(Exception):
+    """What was recorded does not determine the losses asked for."""
+
+
+class Call:
+    """One recorded call.
+
+    Attributes:
+        layer: the supported layer that it is, or None.
+        tensors, results: the tensors among its arguments and in its result.
+        changed: ids of the arguments that it wrote into.
+        draws: whether it drew random numbers.
+        bytes: memory of its results, and of those within a layer (bytes).
+    """
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, random_state: list[Tensor] | None = None):
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.layer = function if isinstance(function, nn.Module) else None
+        self.tensors = list(tensors_in((args, kwargs)))
+        self.versions = [tensor._version for tensor in self.tensors]
+        self.random_state, self.bytes = random_state, 0
+
+    def close(self, result: Any, random_state: list[Tensor] | None) -> None:
+        """Note the result, and the random state after the call."""
+        self.results = list(tensors_in(result))
+        now = [tensor._version for tensor in self.tensors]
+        self.changed = {id(t) for t, a, b in zip(self.tensors, self.versions, now, strict=True) if a != b}
+        self.result_versions = [tensor._version for tensor in self.results]
+        self.draws = self.random_state is not None and not all(map(torch.equal, self.random_state, random_state))
+        self.bytes += bytes_of(self.results)
+        if self.function is F.dropout and self.named()["training"]:
+            # What it multiplied its input with, 0 or 1/(1-p): drawn again, in the memory layout of that input.
+            if self.random_state is not None:
+                set_random_state(self.random_state)
+            self.factor = F.dropout(torch.ones_like(self.named()["input"]), self.named()["p"], training=True)
+
+    def with_input(self, x: Tensor) -> Tensor:
+        """This dropout of another input."""
+        if not self.named()["training"]:
+            return x
+        return x.mul_(self.factor) if self.changed else x * self.factor
+
+    def named(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(ARGUMENTS[self.function], self.args, strict=False)) | self.kwargs
+
+    def again(self, values: dict[int, Tensor], parameters: dict | None) -> Any:
+        """The call once more, with the tensors of `values` in the place of the recorded ones."""
+        args, kwargs = _replace(self.args, values), _replace(self.kwargs, values)
+        if parameters and self.layer in parameters:
+            return functional_call(self.layer, parameters[self.layer], args, kwargs)
+        if self.function is F.dropout:
+            return self.with_input(values[id(self.named()["input"])])
+        if self.function is F.batch_norm and self.named()["training"]:
+            named = _replace(self.named(), values) | dict(running_mean=None, running_var=None)  # not to be updated
+            return F.batch_norm(**named)
+        return self.function(*args, **kwargs)
+
+
+class Tape(TorchFunctionMode):
+    """Records while it is active (`with tape:`).
+
+    Args:
+        layers: the modules to record as one call each.
+        known: the tensors that the pass starts from: inputs, targets, parameters, buffers.
+        draws: whether the pass may draw random numbers.
+        limit: bytes of results after which it gives up.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], known: Iterable[Tensor], draws: bool, limit: float):
+        super().__init__()
+        self.layers, self.draws, self.limit = list(layers), draws, limit
+        self.calls: list[Call] = []
+        self.known = {id(tensor): tensor for tensor in known}
+        self.storages: set[int] = set()  # what calls outside the layers have read
+        self.open: Call | None = None
+        self.bytes = 0
+        self.loss: Any = None
+
+    def __enter__(self):
+        self.handles = []
+        for layer in self.layers:
+            self.handles.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
+            self.handles.append(layer.register_forward_hook(self._leave_layer))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*exception)
+
+    def _enter_layer(self, layer, args, kwargs):
+        self.open = Call(layer, args, kwargs)
+
+    def _leave_layer(self, layer, args, output):
+        self._close(self.open, output)
+        self.open = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.open is not None:
+            result = function(*args, **kwargs)
+            self.open.bytes += bytes_of(tensors_in(result))
+            return result
+        call = Call(function, args, kwargs, random_state() if self.draws else None)
+        result = function(*args, **kwargs)
+        self._close(call, result, random_state() if self.draws else None)
+        return result
+
+    def _close(self, call: Call, result: Any, random_state: list[Tensor] | None = None) -> None:
+        call.close(result, random_state)
+        self.bytes += call.bytes
+        if self.bytes > self.limit:
+            self.calls.clear()
+            return
+        self.calls.append(call)
+        self.storages.update(storage(tensor) for tensor in call.tensors)
+        if all(id(tensor) in self.known for tensor in call.tensors):
+            self.known.update((id(tensor), tensor) for tensor in call.results)
+
+    def call_of(self, layer: nn.Module) -> Call:
+        """The one call of a layer.
+
+        Raises:
+            Unsuitable: it was called twice, or never, or its input or output is not there any more.
+        """
+        calls = [call for call in self.calls if call.layer is layer]
+        if len(calls) != 1 or len(calls[0].args) != 1 or calls[0].kwargs:
+            raise Unsuitable("the layer is not called just once, with one tensor")
+        return calls[0]
+
+    def after(self, *starts: Call) -> list[Call]:
+        """The calls that the results of `starts` reach, in order, without `starts`.
+
+        Raises:
+            Unsuitable: replaying them would not give the loss.
+        """
+        if not isinstance(self.loss, Tensor) or id(self.loss) not in self.known:
+            raise Unsuitable("the loss does not come from recorded calls alone")
+        reached, calls = {id(tensor) for start in starts for tensor in start.results}, []
+        for call in self.calls[self.calls.index(starts[0]) + 1 :]:
+            inputs = [id(tensor) in reached for tensor in call.tensors]
+            if call in starts or not any(inputs):
+                continue
+            if not call.results:
+                if getattr(call.function, "__name__", None) not in FACTS:
+                    raise Unsuitable(f"a value leaves torch: {call.function}")
+                continue
+            running = set()  # of a batch normalisation in training: written, not read
+            if call.function is F.batch_norm and call.named()["training"]:
+                running = {id(call.named()["running_mean"]), id(call.named()["running_var"])}
+            for tensor, version, is_reached in zip(call.tensors, call.versions, inputs, strict=True):
+                if not is_reached and id(tensor) not in running:
+                    if id(tensor) not in self.known or tensor._version != version:
+                        raise Unsuitable("a call reads what is not there any more")
+            if call.changed - running - reached:
+                raise Unsuitable("a call writes into what is not its own")
+            if call.draws and call.function is not F.dropout:
+                raise Unsuitable("a call draws random numbers")
+            reached.update(map(id, call.results))
+            calls.append(call)
+        return calls
+
+    def replay(self, calls: list[Call], values: dict[int, Tensor], parameters: dict | None = None) -> Tensor:
+        """The loss when `calls` run again.
+
+        Args:
+            values: {id of a recorded tensor: the one to put in its place}.
+            parameters: {layer: {name in the layer: tensor}} for layers that are to have others.
+        """
+        values = dict(values)
+        for call in calls:
+            results = tensors_in(call.again(values, parameters))
+            values.update(zip(map(id, call.results), results, strict=True))
+        return values.get(id(self.loss), self.loss)
+
+
+def tensors_in(structure: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, tuple | list):
+        for item in structure:
+            yield from tensors_in(item)
+    elif isinstance(structure, dict):
+        yield from tensors_in(list(structure.values()))
+
+
+def _replace(structure: Any, values: dict[int, Tensor]) -> Any:
+    """The structure with other tensors: {id of the old one: the new one}."""
+    if isinstance(structure, Tensor):
+        return values.get(id(structure), structure)
+    if isinstance(structure, tuple | list):
+        items = [_replace(item, values) for item in structure]
+        return type(structure)(*items) if hasattr(structure, "_fields") else type(structure)(items)
+    if isinstance(structure, dict):
+        return {key: _replace(value, values) for key, value in structure.items()}
+    return structure
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def storage(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie: the same for all views of it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def random_state() -> list[Tensor]:
+    """The states of torch's global generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
