@@ -1,4 +1,4 @@
-"""Train neural networks without back-propagation: zeroth-order optimisation, lottery tickets, tensor-compressed layers."""
+"""Train neural networks without back-propagation: zeroth-order optimisation, lottery tickets, tensor layers."""
 
 from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask

@@ -91,7 +91,7 @@ def two_point_sign(plus: Tensor, base: Tensor) -> Tensor:
 
 
 def three_point_sign(plus: Tensor, minus: Tensor, base: Tensor) -> Tensor:
-    """ĝ_i ∈ {−1, +1, 0} for the smallest of L(θ+η e_i), L(θ−η e_i), L(θ): stochastic three points (Bergou et al., 2020).
+    """ĝ_i ∈ {−1, +1, 0} for the smallest of L(θ+η e_i), L(θ−η e_i), L(θ): three points (Bergou et al., 2020).
 
     A tie with L(θ) gives 0, one between the two sides −1. Chapter 4.
     """

@@ -45,7 +45,7 @@ def grasp_scores(
 
 
 def snip(model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float) -> dict[str, Tensor]:
-    """SNIP (Lee, Ajanthan and Torr, 2019): keep the weights with the largest |θ ⊙ g|."""
+    """SNIP (Lee, Ajanthan and Torr, 2019): keep the weights with the largest `|θ ⊙ g|`."""
     theta, loss = _loss_at_weights(model, criterion, inputs, targets)
     g = torch.autograd.grad(loss, theta.values())
     scores = {name: (w.detach() * gradient).abs() for (name, w), gradient in zip(theta.items(), g, strict=True)}
@@ -53,7 +53,7 @@ def snip(model: nn.Module, criterion: Callable, inputs, targets, target_ratio: f
 
 
 def magnitude(model: nn.Module, target_ratio: float) -> dict[str, Tensor]:
-    """Keep the weights with the largest |θ|."""
+    """Keep the weights with the largest `|θ|`."""
     return _remove_lowest({name: w.detach().abs() for name, w in _prunable(model).items()}, target_ratio)
 
 

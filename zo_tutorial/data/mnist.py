@@ -58,12 +58,15 @@ class MNIST(NamedTuple):
 def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int = 0) -> MNIST:
     """Load MNIST and split it; the same seed gives the same split, shuffled.
 
-    source: "full" has 55,000 / 5,000 / 10,000 images for training, validation and test, the validation images being
-        500 of each class out of the training set. "embedded" has 4,000 / 500 / 500, with equal classes. "auto" is full
-        where the data folder has it or the download works, else embedded, with a warning.
-    root: the data folder, instead of $ZO_TUTORIAL_DATA or the cache folder.
+    Args:
+        source: "full" has 55,000 / 5,000 / 10,000 images for training, validation and test, the validation images
+            being 500 of each class out of the training set. "embedded" has 4,000 / 500 / 500, with equal classes.
+            "auto" is full where the data folder has it or the download works, else embedded, with a warning.
+        root: the data folder, instead of $ZO_TUTORIAL_DATA or the cache folder.
+        seed: of the split.
 
-    Raises DataError where there is no such data, or where a file is damaged: "auto" never passes over a damaged file.
+    Raises:
+        DataError: there is no such data, or a file is damaged: "auto" never passes over a damaged file.
     """
     if source not in ("auto", "full", "embedded"):
         raise DataError(f"data source {source!r} is unknown; allowed: auto, full, embedded")

@@ -247,12 +247,14 @@ def names() -> list[str]:
 def load_config(path: str | Path, overrides: dict | None = None, quick: bool = False) -> Config:
     """Read and check a config.
 
-    path: a file, or one of the package: "MNIST/FC/FO.yml", also with "configs/" before it or without ".yml".
-    overrides: values by dotted key, {"optimizer.lr": 0.01}. They win over the file and over `quick`.
-    quick: cut to seconds: embedded data, two epochs at most, of which coordinate descent takes 4 steps that skip at
-        least 95 % of the coordinates. For a first look, not for a result.
+    Args:
+        path: a file, or one of the package: "MNIST/FC/FO.yml", also with "configs/" before it or without ".yml".
+        overrides: values by dotted key, {"optimizer.lr": 0.01}. They win over the file and over `quick`.
+        quick: cut to seconds: embedded data, two epochs at most, of which coordinate descent takes 4 steps that skip
+            at least 95 % of the coordinates. For a first look, not for a result.
 
-    Raises ExperimentError, in one line that names file, key and what is allowed.
+    Raises:
+        ExperimentError: in one line that names file, key and what is allowed.
     """
     file = _find(path)
     values = _read(file)

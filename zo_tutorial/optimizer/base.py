@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import kept_positions, select_parameters
 
+
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """A torch optimiser whose gradients come from loss queries.
 
@@ -31,7 +32,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rule: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         generator: torch.Generator | None,
         query_mode: str,
-        memory: float,
+        memory: float = 512,
     ):
         self.trained, self.layers = select_parameters(model, opt_layers_strs)
         self.index = kept_positions(model, self.trained, masks)

@@ -74,13 +74,13 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         memory: float = 512,
     ):
         if grad_estimator not in GRAD_ESTIMATORS:
-            raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose one of {', '.join(GRAD_ESTIMATORS)}")
+            raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose from {', '.join(GRAD_ESTIMATORS)}")
         if not 0 <= grad_sparsity <= 1:
             raise ValueError(f"grad_sparsity must lie between 0 and 1, not {grad_sparsity}")
         if not h_smooth > 0:
             raise ValueError(f"h_smooth must be above 0, not {h_smooth}")
         if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam):
-            raise ValueError("grad_estimator 'sign' moves the weights itself: no momentum, weight_decay, dampening, adam")
+            raise ValueError("grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening or adam")
         if adam and (momentum or dampening):
             raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
