@@ -194,3 +194,12 @@ def test_ctrl_c_says_how_to_go_on(elsewhere):
     torch.load(checkpoint, weights_only=True)
     arguments = [*command[3:], "--out", "record.json", "--resume"]
     assert main(arguments) == 0 and json.loads(Path("record.json").read_text())["queries"] == 64 * 41
+
+
+def test_plot_draws_records(elsewhere, capsys):
+    assert main([*QUICK, "--out", "record.json"]) == 0
+    assert main(["plot", "record.json", "--out", "picture.png"]) == 0
+    assert (elsewhere / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "missing.json" in error_of(capsys, "plot", "missing.json", "--out", "other.png")
+    assert ".png" in error_of(capsys, "plot", "record.json", "--out", "picture.pdf")
+    assert not (elsewhere / "other.png").exists()

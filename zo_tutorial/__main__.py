@@ -1,12 +1,14 @@
-"""The command line: python -m zo_tutorial mnist|data. `--help` after either says all."""
+"""The command line: python -m zo_tutorial mnist|data|plot. `--help` after either says all."""
 
 import argparse
 import json
 import sys
 import warnings
+from pathlib import Path
 
+from zo_tutorial import viz
 from zo_tutorial.data import DataError, mnist
-from zo_tutorial.experiments import ExperimentError, load_config, run
+from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
 from zo_tutorial.experiments.config import names, parse_overrides
 
 PROGRAM = "python -m zo_tutorial"
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data")
+    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data, plot")
     train = commands.add_parser("mnist", allow_abbrev=False, help="train and test an MNIST classifier from a config")
     train.set_defaults(command=_mnist)
     add = train.add_argument
@@ -59,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(command=_data)
     data.add_argument("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
     data.add_argument("--download", action="store_true", help="download MNIST into the data folder if it is not there")
+    plot = commands.add_parser("plot", allow_abbrev=False, help="draw the learning curves of records on a query axis")
+    plot.set_defaults(command=_plot)
+    plot.add_argument("records", nargs="+", metavar="RECORD.json", help="records that mnist wrote")
+    plot.add_argument("--out", required=True, metavar="FILE.png", help="the picture; written anew if it is there")
     return parser
 
 
@@ -89,6 +95,19 @@ def _data(arguments: argparse.Namespace) -> None:
     for part in ("train", "validation", "test"):
         labels = getattr(data, part).labels
         print(f"{part:16} {len(labels):7,}   {' '.join(map(str, labels.bincount().tolist()))}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    records = [load_record(path) for path in arguments.records]
+    if Path(arguments.out).suffix != ".png":
+        raise ExperimentError(f"{arguments.out}: the picture should be a file whose name ends in .png")
+    from matplotlib.figure import Figure
+
+    viz.use_style()
+    figure = Figure()
+    viz.plot_curves(records, ax=figure.subplots())
+    figure.savefig(arguments.out, metadata={"Software": None})  # the same bytes whatever the version
+    print(f"picture: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def plot_curves(records, x="queries", y="val_accuracy", ax=None):
 
     Args:
         records: recorded runs, each a dict with `name` (its last part is the method: `SGD`, `MNIST/TTM/SCD_esti`,
-            `MNIST/TTM/rank6_SCD_esti`) and `curve`, a list of points `{"epoch", "queries", "seconds", "loss",
-            "val_accuracy"}`. Runs of one method, such as its seeds, share a line in the legend.
+            `MNIST/TTM/rank6_SCD_esti`; any other name stands for itself) and `curve`, a list of points
+            `{"epoch", "queries", "seconds", "loss", "val_accuracy"}`. Runs of one method, such as its seeds, share a
+            line in the legend.
         x: what a point is drawn against, a key of the points: `"queries"` (on a log scale: a point at zero queries
             is not drawn), `"seconds"` or `"epoch"`.
         y: what is drawn, a key of the points.
@@ -79,9 +80,6 @@ def plot_curves(records, x="queries", y="val_accuracy", ax=None):
     Returns:
         The Axes. A first-order run (method `FO`) is a dashed horizontal line at its last value: one of its steps
         counts one query, so its own curve would stand at the left edge of the axis.
-
-    Raises:
-        ValueError: a name ends in no method of `METHODS`.
     """
     import matplotlib.pyplot as plt
 
@@ -89,7 +87,7 @@ def plot_curves(records, x="queries", y="val_accuracy", ax=None):
     drawn = set()
     for record in records:
         method, curve = _method(record["name"]), record["curve"]
-        look = METHODS[method] | ({"label": "_nolegend_"} if method in drawn else {})
+        look = METHODS.get(method, {"label": method}) | ({"label": "_nolegend_"} if method in drawn else {})
         drawn.add(method)
         if method == "FO":
             ax.axhline(curve[-1][y], **look)
@@ -112,12 +110,12 @@ _AXIS_LABELS = {
 
 
 def _method(name):
-    """The key of METHODS that a record's name ends in; the longest one, since SCD_batch ends in no SCD."""
+    """The key of METHODS that a record's name ends in, the longest one; the name itself where it ends in none."""
     last = name.split("/")[-1]
     for method in sorted(METHODS, key=len, reverse=True):
         if last == method or last.endswith("_" + method):
             return method
-    raise ValueError(f"the name {name!r} ends in no known method: {', '.join(METHODS)}")
+    return name
 
 
 def explore(draw, **grid):
