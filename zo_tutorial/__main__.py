@@ -1,4 +1,4 @@
-"""The command line: python -m zo_tutorial mnist|data|plot. `--help` after either says all."""
+"""The command line: python -m zo_tutorial mnist|data|plot|bench. `--help` after either says all."""
 
 import argparse
 import json
@@ -6,7 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from zo_tutorial import viz
+import torch
+
+from zo_tutorial import bench, viz
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
 from zo_tutorial.experiments.config import names, parse_overrides
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data, plot")
+    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data, plot, bench")
     train = commands.add_parser("mnist", allow_abbrev=False, help="train and test an MNIST classifier from a config")
     train.set_defaults(command=_mnist)
     add = train.add_argument
@@ -65,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.set_defaults(command=_plot)
     plot.add_argument("records", nargs="+", metavar="RECORD.json", help="records that mnist wrote")
     plot.add_argument("--out", required=True, metavar="FILE.png", help="the picture; written anew if it is there")
+    timing = commands.add_parser("bench", allow_abbrev=False, help="time the steps of all methods in all query modes")
+    timing.set_defaults(command=_bench)
+    timing.add_argument("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
+    timing.add_argument("--out", metavar="FILE.json", help="write the rows there; written anew if it is there")
+    timing.add_argument("--plot", metavar="FILE.png", help="a bar chart; written anew if it is there")
     return parser
 
 
@@ -108,6 +115,21 @@ def _plot(arguments: argparse.Namespace) -> None:
     viz.plot_curves(records, ax=figure.subplots())
     figure.savefig(arguments.out, metadata={"Software": None})  # the same bytes whatever the version
     print(f"picture: {arguments.out}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise ExperimentError(f"{arguments.plot}: the picture should be a file whose name ends in .png")
+    for path in filter(None, (arguments.out, arguments.plot)):
+        open(path, "wb").close()  # a folder that is not there is an error now, not in the end
+    rows = []
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        rows += bench.bench(arguments.quick, device)
+    print(bench.table(rows))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.plot:
+        bench.plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

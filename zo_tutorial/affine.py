@@ -14,13 +14,14 @@ with L and R the products of the cores before and after the k-th. Chapter 9 deri
 Shapes: a feature or channel is a unit; z is held as (units, R), where R runs over the batch and all else.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import accumulate
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zo_tutorial.tape import Unsuitable
 from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
 
 TENSOR_LAYERS = (TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn)
@@ -50,139 +51,104 @@ def _unit_dim(layer: nn.Module) -> int:
     return -3 if isinstance(layer, nn.Conv2d) else -1
 
 
-class UnitSlices(NamedTuple):
-    """K coordinates of a parameter, each of which changes one unit of z.
-
-    Attributes:
-        where: (K,) their places among the positions asked for.
-        sensitivity: J, (K, R).
-        unit: (K,).
-    """
-
-    where: Tensor
-    sensitivity: Tensor
-    unit: Tensor
-
-    def of(self, z: Tensor) -> Tensor:
-        """The slice of z (units, R) that each coordinate changes: (K, R)."""
-        return z[self.unit]
-
-    def add(self, z: Tensor, change: Tensor) -> None:
-        """z (S, K, units, R) += change (S, K, R), in place."""
-        z[:, torch.arange(z.shape[1], device=z.device), self.unit] += change
-
-    def through(self, weight: Tensor, change: Tensor, o: Tensor, out: Tensor) -> None:
-        """out (S, K, C, R) = o (C, R) + weight (C, units) times the change (S, K, R)."""
-        torch.addcmul(o, weight.T[self.unit].unsqueeze(2), change.unsqueeze(2), out=out)
-
-
-class RowSlices(NamedTuple):
-    """K coordinates of a core, all of which change the same rows of z: those with m_k = m.
-
-    Attributes:
-        where: (K,) their places among the positions asked for.
-        sensitivity: J, (K, mL, mR, R).
-        factors: (mL, m_k, mR), whose product is the number of units.
-        row: m.
-    """
-
-    where: Tensor
-    sensitivity: Tensor
-    factors: tuple[int, int, int]
-    row: int
-
-    def of(self, z: Tensor) -> Tensor:
-        """The slice of z (units, R) that all coordinates change: (mL, mR, R)."""
-        return z.view(*self.factors, -1)[:, self.row]
-
-    def add(self, z: Tensor, change: Tensor) -> None:
-        """z (S, K, units, R) += change (S, K, mL, mR, R), in place."""
-        z.view(*z.shape[:2], *self.factors, -1)[:, :, :, self.row] += change
-
-    def through(self, weight: Tensor, change: Tensor, o: Tensor, out: Tensor) -> None:
-        """out (S, K, C, R) = o (C, R) + weight (C, units) times the change (S, K, mL, mR, R)."""
-        weight = weight.reshape(-1, *self.factors)[:, :, self.row].flatten(1)  # (C, mL mR)
-        change, out = change.flatten(2, 3).flatten(0, 1), out.flatten(0, 1)  # (S K, mL mR, R), (S K, C, R)
-        torch.baddbmm(o.expand_as(out), weight.expand(len(out), -1, -1), change, out=out)
-
-
 class Units:
-    """A parameter whose entries change one unit each: a bias, or the weight of a dense layer or a convolution."""
+    """The answer to a parameter whose entries change one unit each: a bias, a dense or a convolutional weight.
 
-    def __init__(self, layer: nn.Module, name: str, x: Tensor, z: Tensor):
+    Attributes:
+        run: so many consecutive entries change the same slice of z.
+        factors: z (units, R) viewed as (*factors, R); run i of the entries changes its slice i, modulo the second
+            factor, along that dimension.
+        columns: the sensitivities that occur, (Q, R).
+    """
+
+    def __init__(self, layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float):
         parameter = getattr(layer, name)
-        self.row = parameter[0].numel()  # entries that one unit has
-        self.group, groups = len(parameter), 1  # units that share their columns
+        self.run = parameter[0].numel()
+        self.factors = 1, len(z), 1
+        self.group = len(parameter)  # units that share their columns
         if name == "bias":
-            self.columns = torch.ones((), dtype=z.dtype, device=z.device).expand(1, z.shape[1])  # (1, R)
+            self.columns = torch.ones((), dtype=z.dtype, device=z.device).expand(1, z.shape[1])
         elif isinstance(layer, nn.Conv2d):
+            if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 2:
+                raise Unsuitable("the patches need too much memory")
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-            patches = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)  # ([B,] Q, positions)
-            self.columns = patches.movedim(-2, 0).reshape(patches.shape[-2], -1)  # (Q, R)
+            patches = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)  # ([B,] Q, places)
+            self.columns = patches.movedim(-2, 0).reshape(patches.shape[-2], -1)
             self.group = len(parameter) // layer.groups
         else:
-            self.columns = x.movedim(-1, 0).reshape(x.shape[-1], -1).contiguous()  # (in, R)
+            self.columns = x.movedim(-1, 0).reshape(x.shape[-1], -1).contiguous()
+        self.bytes = self.columns.shape[1] * self.columns.element_size()  # of one sensitivity
 
-    def bytes(self) -> int:
-        """Of one coordinate's sensitivity."""
-        return self.columns.shape[1] * self.columns.element_size()
+    def column(self, positions: Tensor) -> Tensor:
+        """J of any positions, each in its own unit: (K, R)."""
+        return self.columns[positions % self.run + positions // self.run // self.group * self.run]
 
-    def slices(self, positions: Tensor, limit: float) -> Iterator[UnitSlices]:
-        """The coordinates in portions of at most so many bytes of sensitivities."""
-        unit = positions // self.row
-        column = positions % self.row + unit // self.group * self.row
-        size = max(1, int(limit / self.bytes()))
-        for where in torch.arange(len(positions), device=positions.device).split(size):
-            yield UnitSlices(where, self.columns[column[where]], unit[where])
+    def order(self, positions: Tensor) -> Tensor:
+        """The order in which positions of one unit are best looked at: as they are."""
+        return torch.arange(len(positions), device=positions.device)
+
+    def sensitivity(self, positions: Tensor) -> Tensor:
+        """J of positions that share their unit: (K, 1, R)."""
+        return self.column(positions).unsqueeze(1)
 
 
 class Core:
-    """A core of a tensor layer: G_k[r, m, n, s] changes the rows of z with m_k = m."""
+    """The answer to the core G_k (r, m, n, s) of a tensor layer; attributes as in `Units`."""
 
-    def __init__(self, layer: nn.Module, name: str, x: Tensor, z: Tensor):
+    def __init__(self, name: str, products: tuple, x: Tensor, z: Tensor, limit: float):
         k = int(name.rpartition(".")[2])
-        cores = [core.reshape(shape) for core, shape in zip(layer.tensor_cores(), _as_ttm(layer), strict=True)]
-        self.shape = cores[k].shape  # (r, m, n, s)
-        left, right = _product(cores[:k], x), _product(cores[k + 1 :], x)  # (1, mL, nL, r), (s, mR, nR, 1)
-        self.left = left[0].movedim(-1, 0)  # (r, mL, nL)
-        x = x.movedim(-1, 0).reshape(self.left.shape[2], self.shape[2], right.shape[2], -1)  # (nL, n, nR, R)
+        cores, left, right = products
+        _, m, n, s = cores[k].shape
+        left, right = left[k][0], right[k][..., 0]  # (mL, nL, r), (s, mR, nR)
+        self.run, self.factors = n * s, (left.shape[0], m, right.shape[1])
+        if self.run * left.shape[1] * right.shape[1] * z.shape[1] * z.element_size() > limit / 2:
+            raise Unsuitable("the products of the cores with the input need too much memory")
+        self.left = left.movedim(-1, 0).contiguous()  # (r, mL, nL)
+        x = x.movedim(-1, 0).reshape(left.shape[1], n, right.shape[2], -1)  # (nL, n, nR, R)
         # Σ over nR of R[s, mR, nR] x[nL, n, nR, :]
-        self.right = torch.einsum("tMN,LnNR->ntLMR", right[..., 0], x)  # (n, s, nL, mR, R)
-        self.factors = self.left.shape[1], self.shape[1], right.shape[1]
+        inner = (right.flatten(0, 1) @ x).unflatten(2, right.shape[:2])  # (nL, n, s, mR, R)
+        self.right = inner.movedim(0, 2).flatten(3).flatten(0, 1).contiguous()  # (n s, nL, mR R)
+        self.bytes = z.shape[1] * left.shape[0] * right.shape[1] * z.element_size()
+        self.all = None
+        if len(self.left) * self.run * self.bytes <= limit / 4:
+            product = self.left.flatten(0, 1) @ self.right  # (n s, r mL, mR R)
+            self.all = product.reshape(len(self.left) * self.run, -1, z.shape[1])  # (n s r, mL mR, R)
 
-    def bytes(self) -> int:
-        left, _, right = self.factors
-        return left * right * self.right.shape[-1] * self.right.element_size()
+    def order(self, positions: Tensor) -> Tensor:
+        """The order in which positions that share their m find their sensitivities side by side."""
+        return self._place(positions).argsort()
 
-    def slices(self, positions: Tensor, limit: float) -> Iterator[RowSlices]:
-        """The coordinates in portions of at most so many bytes of sensitivities; one m to a portion."""
-        r, m, n, s = torch.unravel_index(positions, self.shape)
-        # J does not depend on m: form each one once.
-        triples, which = torch.unique((r * self.shape[2] + n) * self.shape[3] + s, return_inverse=True)
-        size = max(1, int(limit / self.bytes()))
-        for start in range(0, len(triples), size):
-            r1, n1, s1 = torch.unravel_index(triples[start : start + size], (self.shape[0], *self.shape[2:]))
-            pieces = self.right[n1, s1].flatten(2)  # (J, nL, mR R)
-            sensitivity = torch.bmm(self.left[r1], pieces).unflatten(2, self.right.shape[-2:])  # (J, mL, mR, R)
-            here = (which >= start) & (which < start + size)
-            for row in m[here].unique().tolist():
-                where = (here & (m == row)).nonzero().flatten()
-                chosen = which[where] - start
-                whole = len(chosen) == len(sensitivity) and bool((chosen.diff() == 1).all())
-                yield RowSlices(where, sensitivity if whole else sensitivity[chosen], self.factors, row)
+    def sensitivity(self, positions: Tensor) -> Tensor:
+        """J of positions that share their m: (K, mL mR, R). It does not depend on m."""
+        if self.all is None:
+            product = self.left[positions // (self.run * self.factors[1])] @ self.right[positions % self.run]
+            return product.reshape(len(positions), self.factors[0] * self.factors[2], -1)  # from (K, mL, mR R)
+        place = self._place(positions)
+        if (place.diff() == 1).all():
+            return self.all[place[0] : place[-1] + 1]
+        return self.all[place]
+
+    def _place(self, positions: Tensor) -> Tensor:
+        r = positions // (self.run * self.factors[1])
+        return positions % self.run * len(self.left) + r
 
 
-def response(layer: nn.Module, name: str, x: Tensor, z: Tensor) -> Units | Core:
-    """How the output z (units, R) answers to the entries of one parameter of the layer.
+def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, products: tuple) -> Units | Core:
+    """How the output z (units, R) of a layer answers to the entries of one of its parameters.
 
     Args:
         name: of the parameter, within the layer.
         x: the layer's input, as it was given.
+        limit: bytes that may be used.
+        products: what `products` finds, of a tensor layer.
+
+    Raises:
+        Unsuitable: they do not suffice.
     """
     if isinstance(layer, TENSOR_LAYERS) and name != "bias":
-        return Core(layer, name, x, z)
-    return Units(layer, name, x, z)
+        return Core(name, products, x, z, limit)
+    return Units(layer, name, x, z, limit)
 
 
 def _as_ttm(layer: nn.Module) -> list[tuple[int, int, int, int]]:
@@ -194,15 +160,19 @@ def _as_ttm(layer: nn.Module) -> list[tuple[int, int, int, int]]:
     return inputs + [(r, m, 1, s) for r, m, s in layer.core_shapes[p:]]
 
 
-def _product(cores: list[Tensor], like: Tensor) -> Tensor:
-    """Neighbouring cores multiplied out to one: (r, m, n, s); of none, the number 1."""
-    if not cores:
-        return torch.ones(1, 1, 1, 1, dtype=like.dtype, device=like.device)
-    whole = cores[0]
-    for core in cores[1:]:
-        whole = torch.einsum("aMNr,rmnb->aMmNnb", whole, core)
-        whole = whole.flatten(3, 4).flatten(1, 2)
-    return whole
+def products(layer: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The cores (r, m, n, s) of a tensor layer, and for each one the products of those before it and after it."""
+    cores = [core.reshape(shape) for core, shape in zip(layer.tensor_cores(), _as_ttm(layer), strict=True)]
+    one = torch.ones(1, 1, 1, 1, dtype=cores[0].dtype, device=cores[0].device)
+    left = list(accumulate(cores[:-1], _product, initial=one))
+    right = list(accumulate(reversed(cores[1:]), lambda after, core: _product(core, after), initial=one))
+    return cores, left, right[::-1]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Two neighbouring cores as one: (r, M m, N n, s) from (r, M, N, t) and (t, m, n, s)."""
+    whole = torch.tensordot(a, b, 1).transpose(2, 3)  # (r, M, m, N, n, s)
+    return whole.flatten(3, 4).flatten(1, 2)
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -210,3 +180,9 @@ def matrix(layer: nn.Module) -> Tensor:
     return layer.to_matrix() if isinstance(layer, TENSOR_LAYERS) else layer.weight
 
 
+
+
+def slice_of(z: Tensor, factors: tuple[int, int, int], i: int) -> Tensor:
+    """The i-th slice of z (..., units, R): a view (..., left, right, R)."""
+    *leading, _, rest = z.shape
+    return z.view(*leading, *factors, rest).select(-3, i)

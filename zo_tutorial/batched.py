@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from zo_tutorial.tape import Call, Tape, bytes_of
+from zo_tutorial.tape import Call, Tape, bytes_of, copies
 
 
 class _Loss(nn.Module):
@@ -94,14 +94,14 @@ class Batched:
             for u in directions.split(self.portion(list(index))):
                 points = {}
                 for (name, positions), piece in zip(index.items(), u.split(sizes, dim=1), strict=True):
-                    points[name] = _copies(self.parameters[name], len(u))  # (n, *shape)
+                    points[name] = copies(self.parameters[name], len(u))  # (n, *shape)
                     points[name].view(len(u), -1).index_add_(1, positions, piece, alpha=scale)
                 losses.append(self.losses(points))
         return torch.cat(losses).view(len(scales), -1)
 
 
 class BatchedSite:
-    """One parameter at the current point, and what its changes do to the loss: as `structured.Site`, for any parameter."""
+    """One parameter where the parameters stand, and what its changes do to the loss: as `structured.Site`, for any."""
 
     def __init__(self, batched: Batched, name: str):
         self.batched, self.name = batched, name
@@ -112,16 +112,26 @@ class BatchedSite:
         for shift in shifts:
             for portion in positions.split(self.batched.portion([self.name])):
                 k = torch.arange(len(portion), device=portion.device)
-                points = _copies(parameter, len(portion) + 1)  # the last stays as it is
+                points = copies(parameter, len(portion) + 1)  # the last stays as it is
                 points.view(len(points), -1)[k, portion] += shift
                 losses = self.batched.losses({self.name: points})
                 changes.append(losses[:-1] - losses[-1])
         return torch.cat(changes).view(len(shifts), -1)
 
-    def move(self, position: Tensor, shift: float) -> None:
-        """Nothing to follow: the parameters are read anew at each look."""
 
+class BatchedWalk:
+    """As `structured.Walk`: what the next coordinates would change, from where those before them stand."""
 
-def _copies(parameter: Tensor, count: int) -> Tensor:
-    """(count, *shape), contiguous."""
-    return parameter.detach().contiguous().repeat(count, *[1] * parameter.dim())
+    def __init__(self, site: BatchedSite, positions: Tensor, shift: float):
+        self.site, self.positions, self.shift = site, positions, shift
+        batched = site.batched
+        # moved here, on a copy: the caller moves the parameter itself in the end
+        batched.parameters = {**batched.parameters, site.name: copies(batched.parameters[site.name], 1)[0]}
+
+    def look(self, start: int, count: int) -> list[tuple[float, float]]:
+        """The changes of the loss under both steps of up to `count` coordinates from the start-th on."""
+        return self.site.look(self.positions[start : start + count], [self.shift, -self.shift]).T.tolist()
+
+    def move(self, k: int, side: int) -> None:
+        """The k-th coordinate makes its step: side 0 is s, side 1 is −s."""
+        self.site.batched.parameters[self.site.name].view(-1)[self.positions[k]] += (self.shift, -self.shift)[side]

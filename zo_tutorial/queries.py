@@ -8,14 +8,16 @@ makes it cheap.
 import random
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from math import isfinite
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zo_tutorial.affine import is_affine
-from zo_tutorial.batched import Batched, BatchedSite
-from zo_tutorial.structured import Site
+from zo_tutorial.batched import Batched, BatchedSite, BatchedWalk
+from zo_tutorial.directional import Directional
+from zo_tutorial.structured import Site, Walk
 from zo_tutorial.tape import Tape, Unsuitable, storage, tensors_in
 
 QUERY_MODES = ("auto", "loop", "batched", "structured")
@@ -136,9 +138,11 @@ class LossQueries:
             return losses[:1, 0], self._loop_directions(index, directions[:1], scales[:1])[0]
 
         def ask(way):
-            if way == "structured":
-                raise Unsuitable("directions")
-            return self._batched().directions(index, directions, scales)
+            if way == "batched":
+                return self._batched().directions(index, directions, scales)
+            self._follow()
+            layers = {self._affine_layer(name): positions for name, positions in index.items()}
+            return Directional(self.tape, layers, self.limit).losses(directions, scales)
 
         losses = self._fastest(("directions", *index), ask, compare)
         if losses is None:
@@ -166,13 +170,15 @@ class LossQueries:
 
         def compare(answer):
             _, changes = answer
-            return running + changes[:, 0], self._loop_coordinates(name, positions[:1], [shift, -shift])[:, 0]
+            first = self._loop_coordinates(name, positions[:1], [shift, -shift])[:, 0]
+            return running + torch.tensor(changes[0]).to(first), first
 
         def ask(way):
             if way == "batched" and self.mode == "auto":
                 raise Unsuitable("copies of all parameters cost more than the loop")
             site = self._at_coordinates(way, name)
-            return site, site.look(positions[:1], [shift, -shift])
+            walk = Walk(site, positions, shift) if way == "structured" else BatchedWalk(site, positions, shift)
+            return walk, walk.look(0, 1)
 
         if not len(positions):
             return running
@@ -184,37 +190,48 @@ class LossQueries:
             for step in (shift, -shift):
                 loss = self._counted(name, self._loop_coordinates(name, position, [step]).item())
                 if loss < running or (step == -shift and not three_points):
-                    _entry(self.parameters[name], position.item()).add_(step)
+                    self._move(name, position, [step])
                     running = loss
                     break
         return running
 
-    def _descend_ahead(self, site, name, positions, shift, three_points, running) -> float:
+    def _descend_ahead(self, walk, name, positions, shift, three_points, running) -> float:
         """`descend` that looks at several coordinates from the same point, and again from behind the first that moves.
 
         What was looked at in vain is no query: the rule never asked for it.
         """
-        ahead = 1
-        while len(positions):
+        start, ahead, moves = 0, 1, {}
+        try:
             with self._unharmed():
-                plus, minus = (running + site.look(positions[:ahead], [shift, -shift]).double()).tolist()
-            for k, position in enumerate(positions[:ahead].split(1)):
-                step, loss = shift, self._counted(name, plus[k])
-                if not loss < running:
-                    step, loss = -shift, self._counted(name, minus[k])
-                if loss < running or (step == -shift and not three_points):
-                    site.move(position, step)
-                    _entry(self.parameters[name], position.item()).add_(step)
-                    running = loss
-                    break
-            else:
-                ahead = min(2 * ahead, LOOK_AHEAD) * 2
-            positions, ahead = positions[k + 1 :], max(1, ahead // 2)
+                while start < len(positions):
+                    for k, (plus, minus) in enumerate(walk.look(start, ahead), start):
+                        side, loss = 0, self._counted(name, running + plus)
+                        if not loss < running:
+                            side, loss = 1, self._counted(name, running + minus)
+                        if loss < running or (side == 1 and not three_points):
+                            walk.move(k, side)
+                            moves[k], running = (shift, -shift)[side], loss
+                            ahead = max(1, ahead // 2)
+                            break
+                    else:
+                        ahead = min(2 * ahead, LOOK_AHEAD)
+                    start = k + 1
+        finally:
+            if moves:
+                self._move(name, positions[list(moves)], list(moves.values()))
         return running
 
+    def _move(self, name: str, positions: Tensor, shifts: list[float]) -> None:
+        """Shift some coordinates for good."""
+        parameter = self.parameters[name]
+        entries = torch.unravel_index(positions, parameter.shape)
+        parameter[entries] += torch.tensor(shifts, dtype=parameter.dtype, device=parameter.device)
+
     def _counted(self, name: str, loss: float) -> float:
+        """The loss, counted as a query."""
         self.count += 1
-        self._checked(torch.tensor(loss), f"with layer {self._layer(name)!r} perturbed")
+        if not isfinite(loss):
+            self._checked(torch.tensor(loss), f"with layer {self._layer(name)!r} perturbed")
         return loss
 
     # The loop.
@@ -348,27 +365,37 @@ class LossQueries:
         self.base, self.moved = loss, False
         return outputs, loss
 
+    def _follow(self) -> None:
+        """Record anew if the parameters have moved since."""
+        if self.moved:
+            self._unperturbed()
+
     def _at_coordinates(self, way: str, name: str) -> Site | BatchedSite:
         """What tells the changes of the loss, from where the parameters stand, by shifts of one parameter's entries."""
-        if self.moved:
-            self._unperturbed()
         if way == "batched":
             return BatchedSite(self._batched(), name)
+        self._follow()
+        return Site(self.tape, *self._affine_layer(name), self.limit)
+
+    def _affine_layer(self, name: str) -> tuple[nn.Module, str]:
+        """The layer of a parameter, and the parameter's name in it.
+
+        Raises:
+            Unsuitable: it is no layer of a known form, or something else reads the parameter too.
+        """
         owner = self._owner(name)
         layer, read = self.modules.get(owner), storage(self.parameters[name])
-        holders = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
         if layer is None or not is_affine(layer):
             raise Unsuitable("no form is known for the layer")
+        holders = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
         if read in self.tape.storages or [storage(p) for p in holders].count(read) > 1:
             raise Unsuitable("the weight is read outside its layer")
-        return Site(self.tape, layer, name.removeprefix(f"{owner}."), self.limit)
+        return layer, name.removeprefix(f"{owner}.")
 
     def _batched(self) -> Batched:
-        if self.moved:
-            self._unperturbed()
-        return Batched(
-            self.model, self.criterion, self.parameters, self.inputs, self.targets, self.tape, self.limit, self._reset
-        )
+        self._follow()
+        step = self.inputs, self.targets, self.tape, self.limit, self._reset
+        return Batched(self.model, self.criterion, self.parameters, *step)
 
     # What every query leaves as it was.
 
@@ -450,7 +477,9 @@ class _RandomState:
 
 
 def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

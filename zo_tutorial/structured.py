@@ -1,29 +1,31 @@
 """Coordinate queries from the structure of the network: only what lies behind a weight is computed again.
 
-One weight moves its layer's output from z to z + s J, exactly (`affine`). What comes before the layer is computed once,
-in the step's first query; what comes after it is run from the recording of that query (`tape`), for many shifted outputs
-in one call. Two forms are cheaper still (chapter 9):
+One weight moves its layer's output from z to z + s J, exactly (`affine`). What comes before the layer is computed
+once, in the step's first query; what comes after it is run from the recording of that query (`tape`), for many shifted
+outputs in one call. Two forms are cheaper still (chapter 9):
 
 - An elementwise activation φ and a linear layer H follow: only the slice of z that J touches goes through φ, and H
   maps the change of that slice, o + H_slice (φ(z + s J) − φ(z)).
 - Softmax cross-entropy of the output follows: it is evaluated here, with the batch as the long, contiguous dimension.
 """
 
-from inspect import signature
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from zo_tutorial.affine import RowSlices, UnitSlices, matrix, response, units_back, units_first
+from zo_tutorial.affine import TENSOR_LAYERS, Units, matrix, products, response, slice_of, units_back, units_first
+from zo_tutorial.cross_entropy import CrossEntropy, Series, cross_entropy_targets
 from zo_tutorial.tape import Call, Tape, Unsuitable, bytes_of
 
-ELEMENTWISE = {
-    F.relu, torch.relu, Tensor.relu, torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
+RELU = {F.relu, torch.relu, Tensor.relu}
+ELEMENTWISE = RELU | {
+    torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
     F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
 }  # fmt: skip
-CACHE = 2**20  # bytes of sensitivities handled at once: they stay in the cache of a core from one operation to the next
+CACHE = 2**22  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
 
 
 class Tail:
@@ -38,16 +40,15 @@ class Tail:
 
     def __init__(self, tape: Tape, call: Call):
         self.tape, self.call, self.calls = tape, call, tape.after(call)
-        self.targets = _cross_entropy_targets(tape, call, self.calls)
-        # of one point: twice the results of all calls, for what they need beside them
+        targets = cross_entropy_targets(tape, call, self.calls)
+        self.cross_entropy = None if targets is None else CrossEntropy(targets)
+        # of one point: the results of all calls and as much again for what they need beside them
         self.bytes = 4 * bytes_of(call.results) + 2 * sum(c.bytes for c in self.calls)
 
     def losses(self, z: Tensor) -> Tensor:
         """(K,) losses for K outputs z (K, units, R)."""
-        if self.targets is not None:
-            # L = mean over b of log Σ_k exp(o_kb) − o_yb
-            chosen = z[:, self.targets, torch.arange(z.shape[2], device=z.device)]  # (K, B)
-            return (z.logsumexp(1) - chosen).mean(1)
+        if self.cross_entropy is not None:
+            return self.cross_entropy.losses(z)
         z = units_back(self.call.layer, z, self.call.results[0].shape)
         if len(z) <= 3:  # cheaper one by one
             return torch.stack([self._loss(point).reshape(()) for point in z])
@@ -57,121 +58,256 @@ class Tail:
         return self.tape.replay(self.calls, {id(self.call.results[0]): z})
 
 
-class Hidden:
-    """An elementwise activation φ and a linear layer H behind a layer: o = H φ(z), then the tail of H."""
+class Head:
+    """An elementwise activation φ and a linear layer behind a layer, o = W φ(z) + b, then the tail of that layer.
+
+    Outputs that go straight into cross-entropy have this form too, with φ the identity and W the unit matrix.
+
+    Raises:
+        Unsuitable: something else comes behind the layer.
+    """
 
     def __init__(self, tape: Tape, call: Call):
-        follow = tape.after(call)
-        if len(follow) < 2 or isinstance(call.layer, nn.Conv2d):
+        self.activation, self.bias = None, None
+        tail = Tail(tape, call)
+        if tail.cross_entropy is not None:
+            self.tail = tail
+            size = call.results[0].shape[-1]
+            self.weight = torch.eye(size, dtype=call.results[0].dtype, device=call.results[0].device)
+            return
+        if len(tail.calls) < 2 or isinstance(call.layer, nn.Conv2d):
             raise Unsuitable
-        self.activation, head = follow[:2]
+        self.activation, head = tail.calls[:2]
         z, a = call.results[0], self.activation.results[0]
         between = self.activation.function in ELEMENTWISE and [id(t) for t in self.activation.tensors] == [id(z)]
         enters = head.layer is not None and not isinstance(head.layer, nn.Conv2d) and head.args[0] is a
-        elsewhere = {id(tensor) for c in follow[2:] for tensor in c.tensors} | {id(tape.loss)}
+        elsewhere = {id(tensor) for c in tail.calls[2:] for tensor in c.tensors} | {id(tape.loss)}
         if not (between and enters) or elsewhere & {id(z), id(a)}:
             raise Unsuitable
-        tape.call_of(head.layer)  # once
-        self.z = id(z)
-        self.tail = Tail(tape, head)
-        self.weight = matrix(head.layer)  # (C, units)
-        self.bias = head.layer.bias
+        self.tail, self.z = Tail(tape, tape.call_of(head.layer)), id(z)
+        self.weight, self.bias = matrix(head.layer), head.layer.bias  # (C, units), (C,)
 
     def activate(self, z: Tensor) -> Tensor:
+        """φ(z); it may overwrite z."""
+        if self.activation is None:
+            return z
+        if self.activation.function in RELU:
+            return z.relu_()
         return self.activation.again({self.z: z}, None)
 
     def outputs(self, a: Tensor) -> Tensor:
-        """o = H a: (C, R) from (units, R)."""
+        """o = W a + b: (C, R) from (units, R)."""
         o = self.weight @ a
         return o if self.bias is None else o + self.bias[:, None]
 
 
+class Behind:
+    """A layer's output where the parameters stand, and what lies between it and the loss.
+
+    Attributes:
+        x, z: the layer's input as it was given, and its output (units, R).
+        products: of a tensor layer's cores.
+        head, tail: the special form of what comes next, if it has one, and all the rest.
+        a, o: φ(z) (units, R) and W φ(z) + b (C, R), with a head.
+        series: with a head that enters cross-entropy.
+        bytes: what one perturbed output needs, apart from the slice that changes.
+    """
+
+    def __init__(self, tape: Tape, layer: nn.Module):
+        call = tape.call_of(layer)
+        if any(t._version != v for t, v in zip(call.tensors, call.versions, strict=True)):
+            raise Unsuitable("the input of the layer is not there any more")
+        self.x, z = call.args[0], call.results[0]
+        if z._version != call.result_versions[0]:  # an activation in place: compute it again
+            z = layer(self.x)
+        self.z = units_first(layer, z).contiguous()
+        self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
+        self.a = self.o = self.head = self.series = None
+        try:
+            self.head = Head(tape, call)
+        except Unsuitable:
+            self.tail = Tail(tape, call)
+            self.bytes = self.tail.bytes + 2 * bytes_of([self.z])
+            return
+        self.tail = self.head.tail
+        self.bytes = self.tail.bytes
+        self.a = self.head.activate(self.z.clone())
+        self.o = self.head.outputs(self.a)
+        if self.tail.cross_entropy is not None:
+            self.o = self.tail.cross_entropy.shifted(self.o)
+            self.series = Series(self.tail.cross_entropy, self.o, self.head.weight)
+
+
 class Site:
-    """One parameter of one layer at the current point, and what its changes do to the loss.
+    """One parameter of one layer where the parameters stand, and what its changes do to the loss.
 
     Args:
         layer, name: the layer, and the name of its parameter within it.
         limit: bytes that may be used at once.
 
     Raises:
-        Unsuitable: the recording does not tell.
+        Unsuitable: the recording does not tell, or the memory does not suffice.
     """
 
     def __init__(self, tape: Tape, layer: nn.Module, name: str, limit: float):
-        call = tape.call_of(layer)
-        if any(t._version != v for t, v in zip(call.tensors, call.versions, strict=True)):
-            raise Unsuitable("the input of the layer is not there any more")
-        x, z = call.args[0], call.results[0]
-        if z._version != call.result_versions[0]:  # an activation in place: compute it again
-            z = layer(x)
-        self.z = units_first(layer, z).clone(memory_format=torch.contiguous_format)  # (units, R)
-        self.response = response(layer, name, x, self.z)
+        if layer not in tape.behind:
+            tape.behind[layer] = Behind(tape, layer)
+        behind = tape.behind[layer]
+        self.head, self.tail, self.series = behind.head, behind.tail, behind.series
+        self.z, self.a, self.o = behind.z, behind.a, behind.o
+        self.response = response(layer, name, behind.x, self.z, limit, behind.products)
         self.parameter = layer.get_parameter(name)
-        self.limit = limit
-        try:
-            self.hidden = Hidden(tape, call)
-        except Unsuitable:
-            self.hidden, self.tail = None, Tail(tape, call)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self.hidden is not None:
-            self.a = self.hidden.activate(self.z.clone())  # (units, R)
-            self.o = self.hidden.outputs(self.a)  # (C, R)
-
-    @property
-    def portion(self) -> float:
-        """Bytes of sensitivities to handle at once."""
-        if self.hidden is None:
-            points = self.limit / (self.tail.bytes + 2 * bytes_of([self.z]))
-            return max(1, int(points) - 1) * self.response.bytes()
-        each = 3 * self.response.bytes() + 4 * bytes_of([self.o]) + self.hidden.tail.bytes
-        return min(CACHE, self.limit / each * self.response.bytes())
+        points = limit / (behind.bytes + 4 * self.response.bytes)
+        if self.head is not None:
+            points = min(points, CACHE / self.response.bytes)
+        self.points = max(2, int(points))  # to handle at once
 
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""
+        changes = self._look(positions, shifts)
+        if self.tail.cross_entropy is not None and not changes.isfinite().all():
+            self.tail.cross_entropy.stable = True
+            changes = self._look(positions, shifts)
+        return changes
+
+    def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         value = self.parameter.reshape(-1)[positions]
         steps = torch.stack([(value + shift) - value for shift in shifts])  # (S, K): the shifts after rounding
         changes = torch.empty_like(steps)
-        for slices in self.response.slices(positions, self.portion / len(shifts)):
-            changes[:, slices.where] = self._changes(slices, steps[:, slices.where])
+        size = max(1, self.points // len(shifts))
+        if isinstance(self.response, Units) and self.series is not None:
+            for where in torch.arange(len(positions), device=positions.device).split(size):
+                changes[:, where] = self._change_units(positions[where], steps[:, where])
+            return changes
+        i = positions // self.response.run % self.response.factors[1]  # (K,) the slice of each
+        for one in i.unique().tolist():
+            place, members = Place(self, one), (i == one).nonzero().flatten()
+            for where in members[self.response.order(positions[members])].split(size):
+                changes[:, where] = place.look(self.response.sensitivity(positions[where]), steps[:, where])
         return changes
 
-    def _changes(self, slices: UnitSlices | RowSlices, steps: Tensor) -> Tensor:
-        """L(z + s J) − L(z) for the coordinates of `slices` and S steps of each: (S, K) from (S, K)."""
-        sensitivity, points = slices.sensitivity, steps.numel()
-        s = steps.view(*steps.shape, *[1] * (sensitivity.dim() - 1))  # (S, K, 1..)
-        if self.hidden is None:
-            z = self.z.repeat(points + 1, 1, 1)  # (S K + 1, units, R); the last stays as it is
-            slices.add(z[:-1].view(*steps.shape, *self.z.shape), s * sensitivity)
-            losses = self.tail.losses(z)
-        else:
-            # o = H φ(z + s J) = H φ(z) + H_slice (φ(z + s J) − φ(z))
-            z = torch.addcmul(slices.of(self.z), s, sensitivity)  # (S, K, *rows, R)
-            change = self.hidden.activate(z).sub_(slices.of(self.a))
-            o = self.o.new_empty(points + 1, *self.o.shape)  # (S K + 1, C, R)
-            slices.through(self.hidden.weight, change, self.o, out=o[:-1].view(*steps.shape, *self.o.shape))
-            o[-1] = self.o
-            losses = self.hidden.tail.losses(o)
+    def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
+        """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""
+        unit = positions // self.response.run
+        # D = φ(z + s J) − φ(z)
+        z = torch.addcmul(self.z[unit], steps.unsqueeze(2), self.response.column(positions))  # (S, K, R)
+        change = self.head.activate(z).sub_(self.a[unit])
+        changes = self.series.changes(unit, change)
+        if changes is None:  # the steps are too large for the series
+            o = torch.addcmul(self.o, self.head.weight.T[unit].unsqueeze(2), change.unsqueeze(2))  # (S, K, C, R)
+            losses = self.tail.losses(torch.cat([o.flatten(0, 1), self.o.unsqueeze(0)]))
+            changes = (losses[:-1] - losses[-1]).view_as(steps)
+        return changes
+
+
+class Place:
+    """The i-th slice of a layer's output z, which some coordinates change while the rest of z stands still."""
+
+    def __init__(self, site: Site, i: int):
+        self.site, self.i = site, i
+        self.z = self._slice(site.z)  # (rows, R)
+        if site.head is not None:
+            # o = W φ(z) + b, of which only W_slice φ(z_slice) changes
+            self.weight = self._slice(site.head.weight.T.contiguous()).T  # (C, rows)
+            self.rest = site.o - self.weight @ self._slice(site.a)  # (C, R)
+
+    def _slice(self, z: Tensor) -> Tensor:
+        """(rows, R) from (units, R), a copy."""
+        part = slice_of(z, self.site.response.factors, self.i)  # (left, right, R)
+        return part.reshape(-1, part.shape[-1]).clone()
+
+    def shifted(self, sensitivity: Tensor, steps: Tensor) -> Tensor:
+        """z + s J for S steps of K coordinates, and z itself: (S K + 1, rows, R)."""
+        z = self.z.new_empty(steps.numel() + 1, *self.z.shape)
+        torch.addcmul(self.z, steps[..., None, None], sensitivity, out=z[:-1].view(*steps.shape, *self.z.shape))
+        z[-1] = self.z
+        return z
+
+    def losses(self, z: Tensor) -> Tensor:
+        """(P,) losses for P slices z (P, rows, R), which it may overwrite."""
+        site = self.site
+        if site.head is None:
+            whole = site.z.repeat(len(z), 1, 1)  # (P, units, R)
+            target = slice_of(whole, site.response.factors, self.i)
+            target.copy_(z.view_as(target))
+            return site.tail.losses(whole)
+        return site.tail.losses(self.outputs(z))
+
+    def outputs(self, z: Tensor) -> Tensor:
+        """o (P, C, R) for P slices z (P, rows, R), which it may overwrite."""
+        a = self.site.head.activate(z)
+        return torch.baddbmm(self.rest.expand(len(z), -1, -1), self.weight.expand(len(z), -1, -1), a)
+
+    def leave(self) -> None:
+        """Tell the site where the slice has come to."""
+        site, factors = self.site, self.site.response.factors
+        target = slice_of(site.z, factors, self.i)
+        target.copy_(self.z.view_as(target))
+        if site.head is not None:
+            site.o = self.outputs(self.z.unsqueeze(0).clone())[0]
+            slice_of(site.a, factors, self.i).copy_(site.head.activate(self.z.clone()).view_as(target))
+
+    def look(self, sensitivity: Tensor, steps: Tensor) -> Tensor:
+        """The changes of the loss when K coordinates with sensitivities (K, rows, R) make steps (S, K): (S, K)."""
+        losses = self.losses(self.shifted(sensitivity, steps))
         return (losses[:-1] - losses[-1]).view_as(steps)
 
-    def move(self, position: Tensor, shift: float) -> None:
-        """Follow a move of one coordinate (1,), before the parameter makes it."""
-        value = self.parameter.reshape(-1)[position]
-        for slices in self.response.slices(position, 1):
-            slices.add(self.z[None, None], slices.sensitivity[None] * ((value + shift) - value))
-        self._refresh()
 
+class Walk:
+    """Coordinates to be moved one after the other: what the next ones would change, from where those before them stand.
 
-def _cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> Tensor | None:
-    """The classes (B,), if `calls` is nothing but the mean cross-entropy of outputs (B, C), else None."""
-    if len(calls) != 1 or calls[0].function is not F.cross_entropy or calls[0].results[0] is not tape.loss:
-        return None
-    options = signature(F.cross_entropy).bind(*calls[0].args, **calls[0].kwargs).arguments
-    outputs, targets = options.pop("input"), options.pop("target")
-    default = {p.name: p.default for p in signature(F.cross_entropy).parameters.values()}
-    plain = all(value == default[name] for name, value in options.items())
-    classes = outputs is call.results[0] and outputs.dim() == 2 and targets.shape == outputs.shape[:1]
-    if not (plain and classes) or (targets == default["ignore_index"]).any():
-        return None
-    return targets
+    Only the slice of z that moves is kept up to date; the rest follows when the next run of coordinates begins.
+
+    Args:
+        positions: (K,) flat positions.
+        shift: s; each coordinate may make the step s or −s.
+    """
+
+    def __init__(self, site: Site, positions: Tensor, shift: float):
+        self.site, self.positions = site, positions
+        value = site.parameter.reshape(-1)[positions]
+        self.steps = torch.stack([(value + shift) - value, (value - shift) - value], 1)  # (K, 2), after rounding
+        runs, counts = (positions // site.response.run).unique_consecutive(return_counts=True)
+        self.slices, self.ends = (runs % site.response.factors[1]).tolist(), counts.cumsum(0).tolist()
+        self.begin, self.stop, self.place = 0, 0, None
+        site.z, site.a, site.o = (t if t is None else t.clone() for t in (site.z, site.a, site.o))
+
+    def look(self, start: int, count: int) -> list[tuple[float, float]]:
+        """The changes of the loss under both steps of up to `count` coordinates from the start-th on, at least one."""
+        if start >= self.stop:
+            self._enter(start)
+        if self.site.head is None:
+            count = 1
+        first = 2 * (start - self.begin)
+        losses = self.place.losses(self.place.z + self.changes[first : first + 2 * count]).tolist()
+        self.losses = dict(enumerate(losses, first))
+        changes = [loss - self.base for loss in losses]
+        cross_entropy = self.site.tail.cross_entropy
+        if cross_entropy is not None and not cross_entropy.stable and not all(map(isfinite, changes)):
+            cross_entropy.stable = True
+            self.base = self._loss()
+            return self.look(start, count)
+        return list(zip(changes[::2], changes[1::2], strict=True))
+
+    def move(self, k: int, side: int) -> None:
+        """The k-th coordinate makes its step: side 0 is s, side 1 is −s. It is one of those looked at last."""
+        step = 2 * (k - self.begin) + side
+        self.place.z += self.changes[step]
+        self.base = self.losses[step]
+
+    def _enter(self, start: int) -> None:
+        """Go on to the coordinates of one slice that begin at `start`, as many as fit into the memory."""
+        if self.place is not None:
+            self.place.leave()
+        if start == self.ends[0]:
+            del self.ends[0], self.slices[0]
+        self.begin, self.stop = start, min(self.ends[0], start + self.site.points)
+        self.place = Place(self.site, self.slices[0])
+        here = slice(start, self.stop)
+        sensitivity = self.site.response.sensitivity(self.positions[here])  # (K, rows, R)
+        self.changes = (self.steps[here, :, None, None] * sensitivity.unsqueeze(1)).flatten(0, 1)  # (2 K, rows, R)
+        self.base = self._loss()
+
+    def _loss(self) -> float:
+        """The loss where the slice stands, computed as the others are: equal points get equal losses."""
+        return self.place.losses(self.place.z.repeat(2, 1, 1))[0].item()

@@ -101,6 +101,7 @@ class Tape(TorchFunctionMode):
         self.open: Call | None = None
         self.bytes = 0
         self.loss: Any = None
+        self.behind: dict = {}  # for `structured`: what it has found out about layers
 
     def __enter__(self):
         self.handles = []
@@ -225,6 +226,11 @@ def _replace(structure: Any, values: dict[int, Tensor]) -> Any:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def copies(parameter: Tensor, count: int) -> Tensor:
+    """(count, *shape), contiguous."""
+    return parameter.detach().contiguous().repeat(count, *[1] * parameter.dim())
 
 
 def storage(tensor: Tensor) -> int:

@@ -1,0 +1,99 @@
+"""Softmax cross-entropy of many perturbed outputs, with the batch as the long, contiguous dimension.
+
+    L = mean over b of  log Σ_k exp(o_kb) − o_yb
+
+If one unit in front of a linear layer W changes by D, the outputs move along its column, o_k + D w_k, and with
+p = softmax(o)
+
+    L' − L = mean over b of  log Σ_k p_k exp(D w_k) − D w_y
+           = mean over b of  log(1 + Σ_m D^m M_m) − D w_y,      M_m = Σ_k p_k w_k^m / m!
+
+A small change needs few moments M_m, which are shared by all coordinates of the unit (chapter 9).
+"""
+
+from inspect import signature
+from math import exp, factorial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zo_tutorial.tape import Call, Tape
+
+DEFAULTS = {name: parameter.default for name, parameter in signature(F.cross_entropy).parameters.items()}
+ORDERS = 6  # the most moments for which the series is cheaper than the outputs themselves
+
+
+class CrossEntropy:
+    """The mean cross-entropy with classes `targets` (B,).
+
+    Attributes:
+        stable: whether to guard against the overflow of exp; needed where an output grows by some 80.
+    """
+
+    def __init__(self, targets: Tensor):
+        self.targets, self.stable = targets, False
+        # the places of o_yb in the flattened outputs (C, B)
+        self.chosen = targets * len(targets) + torch.arange(len(targets), device=targets.device)
+
+    def shifted(self, o: Tensor) -> Tensor:
+        """Outputs (C, B) of the same cross-entropy whose largest is 0 for each sample: exp of them cannot overflow."""
+        return o - o.amax(0)
+
+    def losses(self, o: Tensor) -> Tensor:
+        """(K,) losses of K outputs (K, C, B)."""
+        chosen = o.flatten(1).index_select(1, self.chosen)  # (K, B)
+        total = o.logsumexp(1) if self.stable else o.exp().sum(1).log_()  # (K, B)
+        return total.sub_(chosen).mean(1)
+
+
+class Series:
+    """The change of the cross-entropy when one unit behind W changes, at outputs o.
+
+    Args:
+        o: (C, B).
+        weight: W (C, units).
+    """
+
+    def __init__(self, cross_entropy: CrossEntropy, o: Tensor, weight: Tensor):
+        self.p, self.weight = o.softmax(0), weight
+        self.chosen = weight[cross_entropy.targets].T.contiguous()  # (units, B)
+        self.size = weight.abs().max().item()
+        self.moments = []
+
+    def changes(self, unit: Tensor, change: Tensor) -> Tensor | None:
+        """L' − L for changes D (..., K, B) of the units `unit` (K,): (..., K); None if D is too large."""
+        low, high = change.aminmax()
+        order = _order(max(-low.item(), high.item()) * self.size, torch.finfo(change.dtype).eps)
+        if order is None:
+            return None
+        while len(self.moments) < order:
+            m = len(self.moments) + 1
+            self.moments.append((self.weight**m).T @ self.p / factorial(m))  # (units, B)
+        # Horner's scheme: Σ_m D^m M_m = D (M_1 + D (M_2 + ...))
+        total = self.moments[order - 1][unit]
+        for moment in reversed(self.moments[: order - 1]):
+            total = torch.addcmul(moment[unit], change, total)
+        total = (total * change).log1p_()
+        return total.addcmul_(change, self.chosen[unit], value=-1).mean(-1)
+
+
+def _order(x: float, eps: float) -> int | None:
+    """The order at which Σ_m x^m / m!, the largest that the series can be, is cut with an error below eps / 16."""
+    for order in range(1, ORDERS + 1) if x < 1 else ():
+        if x ** (order + 1) / factorial(order + 1) * exp(x) < eps / 16:
+            return order
+    return None
+
+
+def cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> Tensor | None:
+    """The classes (B,), if `calls` is nothing but the mean cross-entropy of the outputs (B, C) of `call`, else None."""
+    if len(calls) != 1 or calls[0].function is not F.cross_entropy or calls[0].results[0] is not tape.loss:
+        return None
+    options = dict(zip(DEFAULTS, calls[0].args, strict=False)) | calls[0].kwargs
+    outputs, targets = options.pop("input"), options.pop("target")
+    plain = all(value is None or value == DEFAULTS[name] for name, value in options.items())
+    classes = outputs is call.results[0] and outputs.dim() == 2 and targets.shape == outputs.shape[:1]
+    if not (plain and classes) or (targets == DEFAULTS["ignore_index"]).any():
+        return None
+    return targets
