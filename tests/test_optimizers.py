@@ -145,6 +145,22 @@ def test_queries_are_counted_exactly(method, kind, batch):
         assert optimizer.queries == expected
 
 
+@pytest.mark.parametrize("mode", ["batched", "structured"])
+def test_every_query_mode_takes_the_same_path(method, kind, mode, batch):
+    """Two steps under dropout, half the weights masked: same weights, same losses, same count as in the loop."""
+    results = []
+    for m in (mode, "loop"):
+        net = make_net(kind, dropout=0.2)
+        optimizer = make(method, net, masks=half_masks(net), query_mode=m)
+        losses = torch.stack([optimizer.step(*batch)[1] for _ in range(2)])
+        results.append((snapshot(net), losses, optimizer.queries))
+    (weights, losses, queries), (expected, others, count) = results
+    assert queries == count
+    torch.testing.assert_close(losses, others)
+    # a difference of losses that agree to 1e-15 is off by 1e-15 over the step; signSGD may see it as a sign
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=1e-9)
+
+
 def test_an_exception_passes_through_and_leaves_no_trace(method, kind, mode, batch):
     for fail_at in (1, 2, 4) if mode == "loop" else (1, 2):
         failure = RuntimeError("device unplugged")

@@ -113,7 +113,8 @@ class LossQueries:
             return losses[0, [0, -1]], self._loop_coordinates(name, index[[0, -1]], shifts[:1])[0]
 
         def ask(way):
-            return self.base + self._at_coordinates(way, name).look(index, shifts)
+            changes = self._at_coordinates(way, name).look(index, shifts)
+            return self.base + changes
 
         losses = self._fastest(("coordinates", name), ask, compare)
         if losses is None:

@@ -1,0 +1,74 @@
+"""The benchmark: every method in every mode, the same queries in each, and times that fit together."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from zo_tutorial import bench
+from zo_tutorial.__main__ import main
+
+KEPT = 50  # weights of the first layer
+
+
+@pytest.fixture(scope="module")
+def rows():
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    masks = {"0.weight": torch.arange(120).view(6, 20) < KEPT, "2.weight": torch.ones(3, 6, dtype=torch.bool)}
+    masks |= {"0.bias": torch.zeros(6, dtype=torch.bool), "2.bias": torch.zeros(3, dtype=torch.bool)}
+    wide = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 3))
+    batch = torch.randn(16, 20), torch.randint(3, (16,))
+    return bench.bench(quick=True, models={"small": (small, masks, batch), "wide": (wide, None, batch)})
+
+
+def test_there_is_a_row_for_each_model_method_and_mode(rows):
+    expected = {("FO", "loop")} | {(m, mode) for m in ("SGD", "esti", "batch", "sign") for mode in bench.MODES}
+    for name in ("small", "wide"):
+        assert {(row["method"], row["mode"]) for row in rows if row["model"] == name} == expected
+    assert len(rows) == 2 * len(expected)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_all_modes_ask_the_same_queries(rows):
+    kept = {"small": KEPT + 18, "wide": 20 * 400 + 400 + 1200 + 3}
+    for row in rows:
+        d = kept[row["model"]]
+        expected = {"FO": 1, "SGD": 41, "esti": 1 + 2 * d, "batch": 1 + 2 * d}.get(row["method"])
+        if expected is not None:
+            assert row["queries"] == expected
+        else:
+            assert d < row["queries"] <= 1 + 2 * d
+
+
+def test_a_step_too_long_to_run_whole_is_scaled_and_says_so(rows):
+    wide = {(row["method"], row["mode"]): row for row in rows if row["model"] == "wide"}
+    assert wide["esti", "loop"]["scaled"] and not wide["esti", "structured"]["scaled"]
+    assert not wide["SGD", "loop"]["scaled"] and not wide["FO", "loop"]["scaled"]
+
+
+def test_ratios_follow_from_the_seconds(rows):
+    for row in rows:
+        mates = {(r["method"], r["mode"]): r for r in rows if r["model"] == row["model"]}
+        first_order, loop = mates["FO", "loop"]["median_s"], mates[row["method"], "loop"]["median_s"]
+        assert row["first_order_steps"] == pytest.approx(row["median_s"] / first_order)
+        assert row["speedup_over_loop"] == pytest.approx(loop / row["median_s"])
+        assert row["queries_per_s"] == pytest.approx(row["queries"] / row["median_s"])
+    assert mates["esti", "structured"]["speedup_over_loop"] > 20
+
+
+def test_table_and_chart(rows, tmp_path):
+    lines = bench.table(rows).splitlines()
+    assert len(lines) == 1 + len(rows) and sum(line.endswith(" scaled") for line in lines) == sum(
+        row["scaled"] for row in rows
+    )
+    bench.plot(rows, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_is_timed(tmp_path, capsys):
+    assert main(["bench", "--quick", "--out", str(tmp_path / "nowhere" / "rows.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["bench", "--quick", "--plot", str(tmp_path / "chart.jpg")]) == 2
+    assert ".png" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,497 @@
+"""Batched and structured queries: the losses, counts and moves of the loop, whatever the model; or a clear refusal."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_net
+from torch import nn
+
+from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
+from zo_tutorial.queries import LossQueries
+from zo_tutorial.selection import select_parameters
+
+
+class Residual(nn.Module):
+    """Layers in a functional forward, a residual connection, dropout, a normalisation, an activation in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = nn.Linear(6, 5), nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 5))
+        self.last, self.dropout = nn.Linear(5, 3), nn.Dropout(0.3)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = self.dropout(h + F.gelu(self.block(h)))
+        return self.last(F.relu(h, inplace=True))
+
+
+class Tokens(nn.Module):
+    """Two inputs, a sequence dimension, a head for the sequence and one for each token: a tuple of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = TensorizedLinear_module(6, 6, shape=[[2, 3], [3, 2]], max_rank=2)
+        self.token, self.whole = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x, scale):
+        h = torch.tanh(self.first(x.unsqueeze(1).expand(-1, 4, -1) * scale))  # (B, 4, 6)
+        return self.whole(h.mean(1)), self.token(h)
+
+
+class Branches(nn.Module):
+    """Only one of two branches runs, decided by a number that no weight changes; a constant tensor takes part."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+        self.constant = torch.linspace(0, 1, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        h = self.a(x) if x.sum() > 1e6 else self.b(x)
+        return self.head(torch.cat([h[:, :2], h[:, 2:] * self.constant[2:]], 1).relu())
+
+
+def of_tokens(outputs, targets):
+    whole, token = outputs
+    return F.cross_entropy(whole, targets) + token.flatten(0, 1).square().mean()
+
+
+def sequential(*layers):
+    return nn.Sequential(*layers)
+
+
+TTM = dict(shape=[[2, 3], [3, 2]], max_rank=2)
+MODELS = {
+    "dense": lambda: sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+    "in place": lambda: sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)),
+    "no activation": lambda: sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 3)),
+    "one layer": lambda: nn.Linear(6, 3),
+    "deep": lambda: sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 3)),
+    "tensor head": lambda: sequential(
+        nn.Linear(6, 6), nn.Tanh(), TensorizedLinear_module(6, 3, shape=[[2, 3], [3, 1]], max_rank=2)
+    ),
+    "batch norm": lambda: sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
+    "batch norm, eval": lambda: sequential(nn.Linear(6, 5), nn.BatchNorm1d(5).eval(), nn.ReLU(), nn.Linear(5, 3)),
+    "dropout": lambda: sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(0.4, inplace=True), nn.Linear(5, 3)),
+    # the TTM layer's output lies transposed in memory, and dropout fills its mask in that order
+    "dropout, transposed": lambda: sequential(
+        TensorizedLinear_module(6, 6, **TTM), nn.Dropout(0.4), nn.Linear(6, 6), nn.Dropout(0.4), nn.Linear(6, 3)
+    ),
+    "convolutions": lambda: sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 2, groups=2), nn.Flatten()
+    ),
+    "channels last": lambda: sequential(
+        nn.Unflatten(1, (3, 2, 1)), nn.Conv2d(3, 4, (2, 1)).to(memory_format=torch.channels_last), nn.Flatten()
+    ),
+    "residual": Residual,
+    "branches": Branches,
+}
+
+
+def pair(model, mode, criterion=F.cross_entropy, **options):
+    """Queries of the same model in a mode and in a loop."""
+    trained, _ = select_parameters(model, [])
+    return [LossQueries(model, criterion, trained, m, **options) for m in (mode, "loop")]
+
+
+def close(a, b):
+    tolerance = 1e-10 if b.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=0)
+
+
+def compare(model, batch, mode, criterion=F.cross_entropy, shifts=(0.1, -0.1), every=1):
+    """All coordinates and some directions give the losses and counts of the loop; returns the ways that were taken."""
+    queries, loop = pair(model, mode, criterion)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for seed in range(2):
+        close(queries.start(*batch, seed)[1], loop.start(*batch, seed)[1])
+        for name, parameter in loop.parameters.items():
+            index = torch.arange(seed, parameter.numel(), every)
+            if len(index):
+                close(queries.coordinates(name, index, shifts), loop.coordinates(name, index, shifts))
+        index = {name: torch.arange(p.numel())[seed::2] for name, p in loop.parameters.items()}
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.randn(3, sum(map(len, index.values())), generator=generator, dtype=batch_dtype(batch))
+        for scales in ([0.01, -0.01], [0.02]):
+            close(queries.directions(index, u, scales), loop.directions(index, u, scales))
+    assert queries.count == loop.count
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return {(kind[0], way) for way, kind in queries.compared}
+
+
+def batch_dtype(batch):
+    return (batch[0][0] if isinstance(batch[0], tuple) else batch[0]).dtype
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", ["batched", "structured", "auto"])
+def test_losses_are_those_of_the_loop(name, mode, batch):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    if name == "branches" and mode != "auto":
+        pytest.skip("vmap refuses a decision that a value takes, even one that no weight changes")
+    criterion = (lambda z, y: F.cross_entropy(z[:, :3], y)) if "con" in name or "channels" in name else F.cross_entropy
+    ways = compare(model, batch, mode, criterion)
+    expected = "batched" if mode == "batched" else "structured"
+    assert ways >= {("coordinates", expected)}
+    if name != "branches":
+        assert ways == {("coordinates", expected), ("directions", expected)}
+
+
+@pytest.mark.parametrize("mode", ["batched", "structured"])
+def test_losses_of_every_layer_type_in_float32(kind, mode, batch):
+    compare(make_net(kind, dropout=0.2).float(), (batch[0].float(), batch[1]), mode)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: MNIST_FC(24),
+        lambda: MNIST_TTM(),
+        lambda: MNIST_TTM(bias=True, layer="TensorizedLinear_module_tonn"),
+        lambda: MNIST_TT(max_rank=3, bias=True),
+        lambda: MNIST_CNN((2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_of_the_models_of_the_book(model, dtype):
+    torch.manual_seed(0)
+    batch = torch.randn(16, 784, dtype=dtype), torch.randint(10, (16,))
+    ways = compare(model().to(dtype), batch, "structured", every=97)
+    assert ways == {("coordinates", "structured"), ("directions", "structured")}
+
+
+def test_many_inputs_and_outputs_and_a_criterion_of_ones_own(batch):
+    torch.manual_seed(0)
+    inputs = batch[0], torch.tensor(1.5, dtype=torch.float64)
+    for mode in ("batched", "structured"):
+        compare(Tokens().double(), (inputs, batch[1]), mode, of_tokens)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(ignore_index=1),
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda z, y: 0.5 * F.cross_entropy(z, y) + z.square().mean(),
+        lambda z, y: F.cross_entropy(z, F.one_hot(y, 3).double()),
+        lambda z, y: F.cross_entropy(z, torch.where(y == 0, -100, y)),
+        lambda z, y: F.nll_loss(F.log_softmax(z, 1), y),
+    ],
+)
+def test_cross_entropy_is_recognised_only_in_its_plain_form(criterion, batch):
+    torch.manual_seed(0)
+    compare(MODELS["dense"]().double(), batch, "structured", criterion)
+
+
+@pytest.mark.parametrize("name", ["dense", "one layer", "tensor head"])
+@pytest.mark.parametrize("shift", [1e-7, 1e-2, 1.0, 30.0, 1e3, 1e6])
+def test_small_and_large_steps(name, shift, batch):
+    """From the series of one moment to outputs whose exponential overflows."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    compare(model, batch, "structured", shifts=(shift, -shift))
+    compare(model.float(), (batch[0].float(), batch[1]), "structured", shifts=(shift, -shift))
+
+
+def test_differences_keep_their_digits(batch):
+    """A change of 1e-9 of the loss is the one that the gradient foretells, not the rounding of another summation."""
+    torch.manual_seed(0)
+    model = MODELS["dense"]().double()
+    queries, _ = pair(model, "structured")
+    queries.start(*batch, seed=0)
+    plus, minus = queries.coordinates("0.weight", torch.arange(30), [1e-6, -1e-6])
+    grad = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), model[0].weight)[0]
+    torch.testing.assert_close((plus - minus) / 2e-6, grad.flatten(), rtol=1e-6, atol=1e-9)
+
+
+# ---- moves
+
+
+@pytest.mark.parametrize("name", ["dense", "in place", "one layer", "tensor head", "deep", "residual", "convolutions"])
+@pytest.mark.parametrize("three_points", [True, False])
+@pytest.mark.parametrize("mode", ["batched", "structured", "auto"])
+def test_descent_takes_the_path_of_the_loop(name, three_points, mode, batch):
+    """The same moves and counts, bit for bit, also where many steps change nothing: a tie is no descent."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    x, y = batch[0].clone(), batch[1]
+    x[:, 0] = 0  # no step of the weights of this input changes the loss
+    with torch.no_grad():
+        for parameter in list(model.parameters())[1:2]:
+            if parameter.dim() == 1:
+                parameter[:2] -= 30  # two hidden units that never fire
+    criterion = (lambda z, y: F.cross_entropy(z[:, :3], y)) if "con" in name else F.cross_entropy
+    results = []
+    for m in (mode, "loop"):
+        twin = copy.deepcopy(model)
+        queries, _ = pair(twin, m, criterion)
+        running = queries.start(x, y, seed=0)[1].item()
+        for name_, parameter in queries.parameters.items():
+            running = queries.descend(name_, torch.arange(parameter.numel()), 0.02, three_points, running)
+        # after the moves, queries start from where the parameters stand
+        more = queries.coordinates(name_, torch.arange(2), [0.1])
+        results.append((list(twin.parameters()), queries.count, running, more))
+        if m == "structured":
+            assert {way for way, _ in queries.compared} == {"structured"}
+    (mine, count, running, more), (theirs, expected, reference, others) = results
+    assert all(map(torch.equal, mine, theirs))
+    assert count == expected and running == pytest.approx(reference, rel=1e-10)
+    close(more, others)
+
+
+def test_descent_looks_ahead_where_nothing_moves(batch):
+    """At a minimum most looks are in vain; they are made by the dozen and none of them is counted twice."""
+    torch.manual_seed(0)
+    model = MODELS["dense"]().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    queries, loop = pair(model, "structured", lambda z, y: z.square().mean())
+    for q in (queries, loop):
+        running = q.start(*batch, seed=0)[1].item()
+        for name, parameter in q.parameters.items():
+            q.descend(name, torch.arange(parameter.numel()), 0.1, True, running)
+        assert not any(parameter.any() for parameter in model.parameters())
+    assert queries.count == loop.count == 1 + 2 * sum(p.numel() for p in model.parameters())
+
+
+# ---- what structure cannot answer
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.again(torch.tanh(self.again(self.first(x)))))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class ReadElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)) @ self.first.weight)
+
+
+class Overridden(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * self.weight.norm()
+
+
+def hooked():
+    layer = nn.Linear(6, 3)
+    layer.register_forward_hook(lambda module, args, output: output * module.weight.norm())
+    return sequential(layer)
+
+
+def penalised(model):
+    return lambda z, y: F.cross_entropy(z, y) + model.last.weight.square().sum()
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (Twice, "again.weight"),
+        (Tied, "first.weight"),
+        (ReadElsewhere, "first.weight"),
+        (lambda: sequential(Overridden(6, 3)), "0.weight"),
+        (hooked, "0.weight"),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(6, 3)), "parametrizations.weight.original"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["structured", "auto"])
+def test_a_weight_that_is_not_read_just_once_is_batched(make, name, mode, batch):
+    torch.manual_seed(0)
+    model = make().double()
+    compare(model, batch, mode)
+    queries, _ = pair(model, mode)
+    queries.start(*batch, seed=0)
+    queries.coordinates(name, torch.arange(2), [0.1])
+    assert [way for way, _ in queries.compared] == ["batched"]
+
+
+def test_a_criterion_that_reads_the_weights_is_seen(batch):
+    torch.manual_seed(0)
+    model = Twice().double()
+    ways = compare(model, batch, "auto", penalised(model))
+    assert ("coordinates", "batched") in ways and ("coordinates", "structured") in ways
+
+
+class Decides(nn.Module):
+    """vmap cannot run it: a value decides in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.linear(x)
+        return z * 2 if z.sum().item() > 0 else z
+
+
+class Numpy(Decides):
+    def forward(self, x):
+        return torch.from_numpy(self.linear(x).detach().numpy() * 2)
+
+
+class Accumulates(Decides):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(8, 3))
+
+    def forward(self, x):
+        self.sum += self.linear(x)
+        return self.sum
+
+
+@pytest.mark.parametrize("make", [Decides, Numpy, Accumulates])
+def test_what_vmap_cannot_run_is_looped_or_refused(make, batch):
+    torch.manual_seed(0)
+    model = make().double()
+    assert not compare(model, batch, "auto")
+    for mode in ("batched", "structured"):
+        queries, _ = pair(model, mode)
+        queries.start(*batch, seed=0)
+        with pytest.raises(RuntimeError, match=f"query_mode '{mode}' cannot query this model, 'loop' and 'auto' can"):
+            queries.coordinates("linear.weight", torch.arange(2), [0.1])
+        with pytest.raises(RuntimeError, match=f"query_mode '{mode}' cannot query this model, 'loop' and 'auto' can"):
+            queries.directions({"linear.weight": torch.arange(18)}, torch.ones(1, 18).double(), [0.1])
+
+
+class Stored(nn.Module):
+    """A view of a weight, stored beside it: copies of the weight leave it behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3, bias=False).double()
+        self.view = self.linear.weight.detach().T
+
+    def forward(self, x):
+        return x @ self.view
+
+
+def test_losses_that_differ_from_the_loop_are_never_returned(batch):
+    torch.manual_seed(0)
+    assert not compare(Stored(), batch, "auto")
+    queries, _ = pair(Stored(), "batched")
+    queries.start(*batch, seed=0)
+    with pytest.raises(RuntimeError, match="its losses are not those of the loop"):
+        queries.coordinates("linear.weight", torch.arange(2), [0.1])
+
+
+@pytest.mark.parametrize("mode", ["batched", "structured", "auto"])
+def test_a_model_that_is_no_module_is_looped_in_every_mode(mode, batch):
+    weight = torch.zeros(3, 6, dtype=torch.float64)
+    queries = LossQueries(lambda x: x @ weight.T, F.cross_entropy, {"weight": weight}, mode)
+    _, loss = queries.start(*batch, seed=0)
+    assert torch.equal(queries.coordinates("weight", torch.arange(2), [0.0]), loss.expand(1, 2))
+
+
+@pytest.mark.parametrize("mode", ["batched", "structured", "auto"])
+def test_a_failure_of_the_users_code_passes_through(mode, batch):
+    """One that comes once, and one that stays; both leave the model as it was, and the next step works."""
+    torch.manual_seed(0)
+    for stays in (False, True):
+        model, failure, broken = Residual().double(), RuntimeError("device unplugged"), []
+
+        def criterion(z, y, failure=failure, broken=broken, stays=stays):
+            if broken and (stays or broken.pop()):
+                raise failure
+            return F.cross_entropy(z, y).log()  # nothing that structured knows by heart
+
+        queries, _ = pair(model, mode, criterion)
+        queries.start(*batch, seed=0)
+        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        broken.append(True)
+        with pytest.raises(RuntimeError) as raised:
+            queries.coordinates("first.weight", torch.arange(2), [0.1])
+        assert raised.value is failure
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(state, torch.get_rng_state())
+        broken.clear()
+        queries.start(*batch, seed=0)
+        queries.coordinates("first.weight", torch.arange(2), [0.1])
+
+
+@pytest.mark.parametrize("mode", ["batched", "structured"])
+def test_a_loss_that_is_not_finite_names_step_and_layer(mode, batch):
+    torch.manual_seed(0)
+    queries, _ = pair(MODELS["dense"]().double(), mode)
+    queries.start(*batch, seed=0)
+    for ask in (
+        lambda: queries.coordinates("2.weight", torch.arange(2), [float("nan")]),
+        lambda: queries.descend("2.weight", torch.arange(2), float("nan"), True, 1.0),
+        lambda: queries.directions({"2.weight": torch.arange(2)}, torch.ones(1, 2).double(), [float("nan")]),
+    ):
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 1, with layer '2' perturbed"):
+            ask()
+
+
+# ---- memory
+
+MEASURE = """
+import sys, torch
+from zo_tutorial import MNIST_CNN, MNIST_TTM
+from zo_tutorial.queries import LossQueries
+mode, name, memory = sys.argv[1], sys.argv[2], float(sys.argv[3])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = MNIST_CNN((16, 16, 16)) if name == "CNN" else MNIST_TTM(max_rank=8)
+parameters = dict(model.named_parameters())
+batch = torch.randn(256, 784), torch.randint(10, (256,))
+def peak():  # of this process alone (kB); getrusage would count what its parent had before exec
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def ask(queries, points):
+    queries.start(*batch, seed=0)
+    for parameter, value in list(parameters.items())[:2]:
+        queries.coordinates(parameter, torch.arange(min(points, value.numel())), [0.1, -0.1])
+    index = {parameter: torch.arange(value.numel()) for parameter, value in parameters.items()}
+    queries.directions(index, torch.randn(points, sum(map(len, index.values()))), [0.1, -0.1])
+loop = LossQueries(model, torch.nn.functional.cross_entropy, parameters, "loop")
+ask(loop, 2)
+ask(LossQueries(model, torch.nn.functional.cross_entropy, parameters, mode, 1), 2)
+before = peak()
+ask(LossQueries(model, torch.nn.functional.cross_entropy, parameters, mode, memory), 60)
+print((peak() - before) / 1e3)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
+@pytest.mark.parametrize("mode", ["batched", "structured"])
+@pytest.mark.parametrize("name", ["CNN", "TTM"])
+def test_memory_is_bounded(mode, name):
+    """The growth of the process over what the loop needs, in MB; without a bound it would be several times as much."""
+    grown = {}
+    for memory in (80, 4000):
+        command = [sys.executable, "-c", MEASURE, mode, name, str(memory)]
+        grown[memory] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown[80] < 80
+    assert grown[4000] > 200
+
+
+def test_memory_must_be_positive():
+    with pytest.raises(ValueError, match="memory must be above 0 MB, not 0"):
+        LossQueries(nn.Linear(1, 1), F.cross_entropy, {}, memory=0)
+
+
