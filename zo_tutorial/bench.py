@@ -16,6 +16,7 @@ from zo_tutorial.data import mnist
 from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.pruning import apply_masks, grasp
+from zo_tutorial.selection import kept_positions, select_parameters
 
 BATCH = 128
 COORDINATES = dict(grad_sparsity=0.0, lr=1e-3, h_smooth=1e-3, STP=True)
@@ -46,10 +47,11 @@ class Step:
             self.optimizer = torch.optim.Adam(model.parameters())
             return
         cls, options = METHODS[method]
-        if share < 1:
-            options = options | dict(grad_sparsity=1 - share)
         generator = torch.Generator().manual_seed(0)
+        if share < 1:
+            masks = _thinned(model, masks, share, generator)
         self.optimizer = cls(model, F.cross_entropy, masks, **options, generator=generator, query_mode=mode)
+        self.coordinates = sum(map(len, self.optimizer.index.values()))
 
     def time(self) -> float:
         """Run one step; return and note its seconds."""
@@ -85,8 +87,7 @@ def bench(quick: bool = False, device: str = "cpu", models: dict | None = None) 
     rounds, longest = (3, 0.12) if quick else (9, 2.0)  # rounds, seconds of a step
     rows = []
     for name, (model, masks, batch) in (models or _models(device)).items():
-        kept = masks.values() if masks else model.parameters()
-        trained = sum(int(mask.sum()) if masks else mask.numel() for mask in kept)
+        trained = sum(map(len, _kept(model, masks).values()))
         steps = []
         for method in METHODS:
             for mode in MODES[:1] if method == "FO" else MODES:
@@ -121,14 +122,32 @@ def _models(device) -> dict:
     }
 
 
+def _kept(model, masks) -> dict:
+    """The trained positions of each parameter."""
+    trained, _ = select_parameters(model, [])
+    return kept_positions(model, trained, masks)
+
+
+def _thinned(model, masks, share: float, generator: torch.Generator) -> dict:
+    """Masks that keep a random share of what `masks` keep."""
+    index = _kept(model, masks)
+    sizes = [len(positions) for positions in index.values()]
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[torch.randperm(len(chosen), generator=generator)[: max(1, round(share * len(chosen)))]] = True
+    thinned = {}
+    for (name, positions), kept in zip(index.items(), chosen.split(sizes), strict=True):
+        thinned[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
+        thinned[name].view(-1)[positions.cpu()[kept]] = True
+    return thinned
+
+
 def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]:
     """The rows of one model."""
     whole = {}  # seconds and queries of a whole step
     for step in steps:
         queries, seconds = step.queries, statistics.median(step.seconds)
         if step.share < 1:
-            # sign asks for one or two queries a coordinate: as many as in the sample
-            queries = 1 + 2 * trained if step.method != "sign" else round(queries / step.share)
+            queries = 1 + round((queries - 1) * trained / step.coordinates)
             seconds *= queries / step.queries
         whole[step.method, step.mode] = seconds, queries
     first_order = whole["FO", "loop"][0]
