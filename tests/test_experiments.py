@@ -16,9 +16,11 @@ from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import Config, ExperimentError, load_config, load_record, run
 from zo_tutorial.experiments import config as schema
 from zo_tutorial.experiments.checkpoint import load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import FIELDS
 from zo_tutorial.experiments.train import accuracy
 from zo_tutorial.models import MNIST_FC
+from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 
 SHIPPED = {
     f"MNIST/{name}"
@@ -455,32 +457,47 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(small, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_interrupted_again_and_again_ends_with_the_same_weights(small, tmp_path, method):
-    """An alarm interrupts the run wherever it happens to be: in a step, in an evaluation, in writing a checkpoint."""
+def test_a_run_interrupted_again_and_again_ends_with_the_same_weights(small, tmp_path, method, monkeypatch):
+    """Interrupted before a step, in the middle of an epoch, and in the middle of writing a checkpoint."""
     config = load_config(small, {"optimizer": METHODS[method], "training.batch_size": 400})
     whole, stopped = tmp_path / "whole.json", tmp_path / "stopped.json"
-    mnist.load("embedded")  # read once, so that the clock below measures the run
-    start = time.perf_counter()
     run(config, out=whole, quiet=True)
-    duration = time.perf_counter() - start
+    calls = {"step": 0, "save": 0}
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def interrupted(function, kind, at):
+        def call(*arguments):
+            calls[kind] += 1
+            if calls[kind] in at:
+                if kind == "save":
+                    arguments[1].write(b"half a checkpoint")
+                raise KeyboardInterrupt
+            return function(*arguments)
 
-    previous, interruptions = signal.signal(signal.SIGALRM, interrupt), 0
-    try:
-        while not stopped.exists():
-            signal.setitimer(signal.ITIMER_REAL, duration * (0.4 + 0.1 * interruptions))
-            try:
-                run(config, out=stopped, resume=True, quiet=True, checkpoint_seconds=0)
-            except KeyboardInterrupt:
-                interruptions += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert interruptions > 0
+        return call
+
+    for optimizer in (FirstOrder, ZO_SGD_mask, ZO_SCD_mask):
+        monkeypatch.setattr(optimizer, "step", interrupted(optimizer.step, "step", (1, 4)))
+    monkeypatch.setattr(torch, "save", interrupted(torch.save, "save", (5,)))
+    interruptions = 0
+    while not stopped.exists():
+        try:
+            run(config, out=stopped, resume=True, quiet=True, checkpoint_seconds=0)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 3
     assert_same_end(whole, stopped)
+
+
+def test_an_interrupted_save_reports_the_interruption_and_leaves_no_checkpoint(tmp_path):
+    """In the middle of writing, whatever torch's writer makes of its half-written file."""
+
+    class Interrupting:
+        def __reduce__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "record.ckpt", {"weights": torch.zeros(10_000), "state": Interrupting()})
+    assert not (tmp_path / "record.ckpt").exists()
 
 
 def test_nothing_is_overwritten_without_resume(small, tmp_path):

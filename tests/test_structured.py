@@ -478,8 +478,7 @@ print((peak() - before) / 1e3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
-@pytest.mark.parametrize("mode", ["batched", "structured"])
-@pytest.mark.parametrize("name", ["CNN", "TTM"])
+@pytest.mark.parametrize("mode, name", [("batched", "CNN"), ("structured", "TTM")])
 def test_memory_is_bounded(mode, name):
     """The growth of the process over what the loop needs, in MB; without a bound it would be several times as much."""
     grown = {}

@@ -21,7 +21,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """
     temporary = path.with_name(f"{path.name}.part")
     with temporary.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's writer, interrupted, only complains of its own half-written file
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
