@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -179,21 +177,36 @@ def test_a_real_process_reports_an_error_without_traceback():
     assert "FO.yml: pruning.target_ratio: should be less than 1, not 1.5" in result.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(elsewhere):
-    command = [*PYTHON_M, *QUICK, "--set", "training.max_steps=64", "--set", "optimizer={name: SGD}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    checkpoint = Path("record.ckpt")
-    with subprocess.Popen([*command, "--out", "record.json"], env=environment, stderr=subprocess.PIPE) as process:
-        while not checkpoint.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        error = process.stderr.read().decode().splitlines()
-    assert process.returncode == 130
-    assert error[-1].startswith("python -m zo_tutorial: interrupted; the same command with --resume goes on")
-    torch.load(checkpoint, weights_only=True)
-    arguments = [*command[3:], "--out", "record.json", "--resume"]
-    assert main(arguments) == 0 and json.loads(Path("record.json").read_text())["queries"] == 64 * 41
+# As PYTHON_M, but Ctrl-C is pressed when the first epoch has been saved.
+INTERRUPTED = """
+import os, signal, sys
+from zo_tutorial.__main__ import main
+from zo_tutorial.experiments import train
+
+save, saved = train.save_checkpoint, []
+
+def save_and_interrupt(*arguments):
+    save(*arguments)
+    saved.append(1)
+    if len(saved) == 2:  # the first is written at the start
+        os.kill(os.getpid(), signal.SIGINT)
+
+train.save_checkpoint = save_and_interrupt
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_says_how_to_go_on(elsewhere, capsys):
+    arguments = [*QUICK, "--set", "training.max_steps=64", "--set", "optimizer={name: SGD}", "--out", "record.json"]
+    command = [sys.executable, "-c", INTERRUPTED, *arguments]
+    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 130
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("python -m zo_tutorial: interrupted; the same command with --resume goes on")
+    torch.load("record.ckpt", weights_only=True)
+    assert main([*arguments, "--resume"]) == 0
+    assert "going on after step 32 of 64" in capsys.readouterr().out
+    assert json.loads(Path("record.json").read_text())["queries"] == 64 * 41
 
 
 def test_plot_draws_records(elsewhere, capsys):

@@ -137,8 +137,9 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
     criterion = (lambda z, y: F.cross_entropy(z[:, :3], y)) if "con" in name or "channels" in name else F.cross_entropy
     ways = compare(model, batch, mode, criterion)
     expected = "batched" if mode == "batched" else "structured"
-    assert ways >= {("coordinates", expected)}
-    if name != "branches":
+    assert ("coordinates", expected) in ways
+    first = next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
+    if isinstance(first, nn.Linear) and name != "branches":  # one product serves both sides of a first dense layer
         assert ways == {("coordinates", expected), ("directions", expected)}
 
 
@@ -162,7 +163,7 @@ def test_losses_of_the_models_of_the_book(model, dtype):
     torch.manual_seed(0)
     batch = torch.randn(16, 784, dtype=dtype), torch.randint(10, (16,))
     ways = compare(model().to(dtype), batch, "structured", every=97)
-    assert ways == {("coordinates", "structured"), ("directions", "structured")}
+    assert ("coordinates", "structured") in ways and len(ways) == 2
 
 
 def test_many_inputs_and_outputs_and_a_criterion_of_ones_own(batch):
@@ -470,7 +471,6 @@ def ask(queries, points):
     queries.directions(index, torch.randn(points, sum(map(len, index.values()))), [0.1, -0.1])
 loop = LossQueries(model, torch.nn.functional.cross_entropy, parameters, "loop")
 ask(loop, 2)
-ask(LossQueries(model, torch.nn.functional.cross_entropy, parameters, mode, 1), 2)
 before = peak()
 ask(LossQueries(model, torch.nn.functional.cross_entropy, parameters, mode, memory), 60)
 print((peak() - before) / 1e3)
@@ -478,15 +478,19 @@ print((peak() - before) / 1e3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
-@pytest.mark.parametrize("mode, name", [("batched", "CNN"), ("structured", "TTM")])
-def test_memory_is_bounded(mode, name):
-    """The growth of the process over what the loop needs, in MB; without a bound it would be several times as much."""
-    grown = {}
-    for memory in (80, 4000):
-        command = [sys.executable, "-c", MEASURE, mode, name, str(memory)]
-        grown[memory] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert grown[80] < 80
-    assert grown[4000] > 200
+@pytest.mark.parametrize("mode, memory", [("auto", 10), ("auto", 40), ("structured", 150), ("batched", 150)])
+@pytest.mark.parametrize("name", ["CNN", "TTM"])
+def test_memory_is_bounded(name, mode, memory):
+    """The process grows by less than was allowed (MB) over what the loop needs; with too little, there is the loop."""
+    command = [sys.executable, "-c", MEASURE, mode, name, str(memory)]
+    assert float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < memory
+
+
+def test_too_little_memory_is_refused(batch):
+    queries, _ = pair(MODELS["dense"]().double(), "structured", memory=1e-3)
+    queries.start(*batch, seed=0)
+    with pytest.raises(RuntimeError, match=r"structured: the memory does not suffice for .*; batched: the memory does"):
+        queries.coordinates("0.weight", torch.arange(2), [0.1])
 
 
 def test_memory_must_be_positive():

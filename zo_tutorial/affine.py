@@ -69,7 +69,7 @@ class Units:
         if name == "bias":
             self.columns = torch.ones((), dtype=z.dtype, device=z.device).expand(1, z.shape[1])
         elif isinstance(layer, nn.Conv2d):
-            if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 2:
+            if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
                 raise Unsuitable("the patches need too much memory")
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
@@ -80,17 +80,13 @@ class Units:
             self.columns = x.movedim(-1, 0).reshape(x.shape[-1], -1).contiguous()
         self.bytes = self.columns.shape[1] * self.columns.element_size()  # of one sensitivity
 
-    def column(self, positions: Tensor) -> Tensor:
-        """J of any positions, each in its own unit: (K, R)."""
-        return self.columns[positions % self.run + positions // self.run // self.group * self.run]
+    def at(self, positions: Tensor) -> Tensor:
+        """Which of the columns are the sensitivities of these entries: (K,)."""
+        return positions % self.run + positions // self.run // self.group * self.run
 
-    def order(self, positions: Tensor) -> Tensor:
-        """The order in which positions of one unit are best looked at: as they are."""
-        return torch.arange(len(positions), device=positions.device)
-
-    def sensitivity(self, positions: Tensor) -> Tensor:
-        """J of positions that share their unit: (K, 1, R)."""
-        return self.column(positions).unsqueeze(1)
+    def sensitivities(self, at: list[int]) -> Tensor:
+        """J of entries of one unit, by what `at` finds: (K, 1, R)."""
+        return self.columns[at].unsqueeze(1)
 
 
 class Core:
@@ -102,7 +98,7 @@ class Core:
         _, m, n, s = cores[k].shape
         left, right = left[k][0], right[k][..., 0]  # (mL, nL, r), (s, mR, nR)
         self.run, self.factors = n * s, (left.shape[0], m, right.shape[1])
-        if self.run * left.shape[1] * right.shape[1] * z.shape[1] * z.element_size() > limit / 2:
+        if self.run * left.shape[1] * right.shape[1] * z.shape[1] * z.element_size() > limit / 4:
             raise Unsuitable("the products of the cores with the input need too much memory")
         self.left = left.movedim(-1, 0).contiguous()  # (r, mL, nL)
         x = x.movedim(-1, 0).reshape(left.shape[1], n, right.shape[2], -1)  # (nL, n, nR, R)
@@ -115,23 +111,19 @@ class Core:
             product = self.left.flatten(0, 1) @ self.right  # (n s, r mL, mR R)
             self.all = product.reshape(len(self.left) * self.run, -1, z.shape[1])  # (n s r, mL mR, R)
 
-    def order(self, positions: Tensor) -> Tensor:
-        """The order in which positions that share their m find their sensitivities side by side."""
-        return self._place(positions).argsort()
+    def at(self, positions: Tensor) -> Tensor:
+        """Which of the sensitivities, in the order (n, s, r), are those of these entries: (K,). None depends on m."""
+        return positions % self.run * len(self.left) + positions // (self.run * self.factors[1])
 
-    def sensitivity(self, positions: Tensor) -> Tensor:
-        """J of positions that share their m: (K, mL mR, R). It does not depend on m."""
+    def sensitivities(self, at: list[int]) -> Tensor:
+        """J of entries that share their m, by what `at` finds: (K, mL mR, R)."""
         if self.all is None:
-            product = self.left[positions // (self.run * self.factors[1])] @ self.right[positions % self.run]
-            return product.reshape(len(positions), self.factors[0] * self.factors[2], -1)  # from (K, mL, mR R)
-        place = self._place(positions)
-        if (place.diff() == 1).all():
-            return self.all[place[0] : place[-1] + 1]
-        return self.all[place]
-
-    def _place(self, positions: Tensor) -> Tensor:
-        r = positions // (self.run * self.factors[1])
-        return positions % self.run * len(self.left) + r
+            at = torch.tensor(at, device=self.left.device)
+            product = self.left[at % len(self.left)] @ self.right[at // len(self.left)]  # (K, mL, mR R)
+            return product.reshape(len(at), self.factors[0] * self.factors[2], -1)
+        if at == list(range(at[0], at[0] + len(at))):
+            return self.all[at[0] : at[0] + len(at)]
+        return self.all[at]
 
 
 def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, products: tuple) -> Units | Core:
@@ -178,8 +170,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def matrix(layer: nn.Module) -> Tensor:
     """The weight (out, in) of a dense or tensor layer."""
     return layer.to_matrix() if isinstance(layer, TENSOR_LAYERS) else layer.weight
-
-
 
 
 def slice_of(z: Tensor, factors: tuple[int, int, int], i: int) -> Tensor:

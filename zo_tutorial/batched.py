@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from zo_tutorial.tape import Call, Tape, bytes_of, copies
+from zo_tutorial.tape import AT_ONCE, Call, Tape, Unsuitable, bytes_of, copies
 
 
 class _Loss(nn.Module):
@@ -83,9 +83,11 @@ class Batched:
             return vmap(loss, randomness="same")({f"model.{name}": copies for name, copies in points.items()})
 
     def portion(self, names: list[str]) -> int:
-        """How many points fit into memory: copies and twice the results of a forward pass for each."""
+        """How many points to handle at once. Each needs copies and twice the results of a forward pass."""
         each = 2 * self.tape.bytes + 3 * bytes_of(self.parameters[name] for name in names)
-        return max(1, int(self.limit / each) - 1)
+        if 2 * each > self.limit:
+            raise Unsuitable("the memory does not suffice for two points")
+        return max(1, int(min(self.limit / each, AT_ONCE / self.tape.bytes)) - 1)
 
     def directions(self, index: dict[str, Tensor], directions: Tensor, scales: list[float]) -> Tensor:
         """Losses at θ + s u for S scales and n directions: (S, n)."""

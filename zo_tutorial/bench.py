@@ -84,7 +84,7 @@ def bench(quick: bool = False, device: str = "cpu", models: dict | None = None) 
         scaled`: seconds of a whole step, those over the seconds of a first-order step, the loop's seconds over those,
         and whether they were scaled from a sample. A first-order step counts as one query in a loop.
     """
-    rounds, longest = (3, 0.12) if quick else (9, 2.0)  # rounds, seconds of a step
+    rounds, longest = (3, 0.12) if quick else (7, 1.0)  # rounds, seconds of a step
     rows = []
     for name, (model, masks, batch) in (models or _models(device)).items():
         trained = sum(map(len, _kept(model, masks).values()))

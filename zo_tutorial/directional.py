@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.affine import units_back, units_first
-from zo_tutorial.tape import Call, Tape, Unsuitable, bytes_of, copies
+from zo_tutorial.tape import AT_ONCE, Call, Tape, Unsuitable, bytes_of, copies
 
 SPARSE = 1 / 5  # share of kept weights below which the sparse product is the faster one
 
@@ -29,7 +29,7 @@ class Directional:
         limit: bytes that may be used at once.
 
     Raises:
-        Unsuitable: the recording does not tell.
+        Unsuitable: the recording does not tell, or no dense layer comes first: then there is nothing to gain.
     """
 
     def __init__(self, tape: Tape, index: dict[tuple[nn.Module, str], Tensor], limit: float):
@@ -44,6 +44,8 @@ class Directional:
         if any(t._version != v for call in starts for t, v in zip(call.tensors, call.versions, strict=True)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
+        if not self.dense:
+            raise Unsuitable("no dense layer comes first")
         others = [call for call in starts if call.layer not in self.dense]
         self.calls = sorted(tape.after(*starts) + others, key=tape.calls.index)
 
@@ -51,7 +53,10 @@ class Directional:
         """L(θ + s u) for S scales and n directions (n, d): (S, n)."""
         parameters = [layer.get_parameter(name) for layer, name in self.index]
         each = len(scales) * 2 * self.tape.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
-        return torch.cat([self._losses(u, scales) for u in directions.split(max(1, int(self.limit / each)))], 1)
+        if each > self.limit:
+            raise Unsuitable("the memory does not suffice for one direction")
+        portion = max(1, int(min(self.limit / each, AT_ONCE / (len(scales) * self.tape.bytes))))
+        return torch.cat([self._losses(u, scales) for u in directions.split(portion)], 1)
 
     def _losses(self, directions: Tensor, scales: list[float]) -> Tensor:
         pieces = directions.split([len(positions) for positions in self.index.values()], dim=1)

@@ -6,6 +6,7 @@ makes it cheap.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from math import isfinite
@@ -33,7 +34,8 @@ class LossQueries:
     exactly as they were, also when the model or the criterion raises. (A running mean of batch normalisation is a
     buffer: queries do not update it.)
 
-    The modes differ in time, not in losses or counts:
+    The modes differ in time, not in losses or counts, up to rounding. (Where a weight does not matter at all, such as a
+    bias in front of a batch normalisation, rounding decides what `sign` does.)
 
     - "loop" perturbs, runs and restores, one query after the other: the reference, for any callable.
     - "batched" runs many perturbed copies of the parameters in one call of `torch.func.vmap`.
@@ -143,7 +145,7 @@ class LossQueries:
                 return self._batched().directions(index, directions, scales)
             self._follow()
             layers = {self._affine_layer(name): positions for name, positions in index.items()}
-            return Directional(self.tape, layers, self.limit).losses(directions, scales)
+            return Directional(self.tape, layers, self._room()).losses(directions, scales)
 
         losses = self._fastest(("directions", *index), ask, compare)
         if losses is None:
@@ -353,8 +355,10 @@ class LossQueries:
         for module in self.modules.values():
             known += [vars(module), module._parameters, module._buffers]
         layers = [module for module in self.modules.values() if is_affine(module)] if self.ways else []
+        parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+        self.holders = Counter(map(storage, parameters))  # how many modules hold each
         while True:
-            self.tape = Tape(layers, tensors_in(known), self.draws, self.limit)
+            self.tape = Tape(layers, tensors_in(known), self.draws, self.limit / 2)
             may_draw, self.draws = self.draws, True
             with self._unharmed():
                 outputs, loss = self._evaluate(self.tape if self.ways else None)
@@ -376,7 +380,7 @@ class LossQueries:
         if way == "batched":
             return BatchedSite(self._batched(), name)
         self._follow()
-        return Site(self.tape, *self._affine_layer(name), self.limit)
+        return Site(self.tape, *self._affine_layer(name), self._room())
 
     def _affine_layer(self, name: str) -> tuple[nn.Module, str]:
         """The layer of a parameter, and the parameter's name in it.
@@ -388,14 +392,19 @@ class LossQueries:
         layer, read = self.modules.get(owner), storage(self.parameters[name])
         if layer is None or not is_affine(layer):
             raise Unsuitable("no form is known for the layer")
-        holders = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
-        if read in self.tape.storages or [storage(p) for p in holders].count(read) > 1:
+        if read in self.tape.storages or self.holders[read] > 1:
             raise Unsuitable("the weight is read outside its layer")
         return layer, name.removeprefix(f"{owner}.")
 
+    def _room(self) -> float:
+        """The bytes that the recording leaves."""
+        if self.tape.bytes > self.limit / 2:
+            raise Unsuitable("the memory does not suffice for the recording of a forward pass")
+        return self.limit - self.tape.bytes
+
     def _batched(self) -> Batched:
         self._follow()
-        step = self.inputs, self.targets, self.tape, self.limit, self._reset
+        step = self.inputs, self.targets, self.tape, self._room(), self._reset
         return Batched(self.model, self.criterion, self.parameters, *step)
 
     # What every query leaves as it was.

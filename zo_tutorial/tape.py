@@ -22,6 +22,10 @@ from torch.overrides import TorchFunctionMode
 FACTS = {"dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__"}
 ARGUMENTS = {function: list(signature(function).parameters) for function in (F.dropout, F.batch_norm)}
 
+# Bytes of results to make in one call of vmap, if the memory allows. With more, single tensors outgrow the 32 MB up to
+# which malloc keeps memory for reuse, and every one of them is paged in anew.
+AT_ONCE = 40e6
+
 
 class Unsuitable(Exception):
     """What was recorded does not determine the losses asked for."""
