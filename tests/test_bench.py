@@ -66,6 +66,24 @@ def test_table_and_chart(rows, tmp_path):
     assert (tmp_path / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("peer", bench.PEERS)
+def test_public_libraries_take_the_same_step(peer, tmp_path):
+    pytest.importorskip(peer)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    batch = torch.randn(16, 20), torch.arange(16) % 3
+    rows = bench.bench(quick=True, models={"small": (net, None, batch)}, peers=(peer,))
+    by_peer = {row["method"]: row["queries"] for row in rows if row["mode"] == peer}
+    assert by_peer == {"torchzero": {"SGD": 41, "esti": 1 + 2 * 147}, "evotorch": {"SGD": 40}}[peer]
+    bench.plot(rows, tmp_path / "chart.png")
+
+
+def test_a_library_that_is_missing_is_named_and_left_out(capsys, tmp_path):
+    assert main(["bench", "--quick", "--peers", "--out", str(tmp_path / "nowhere" / "rows.json")]) == 2
+    named = {line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")}
+    assert named == set(bench.PEERS) - set(bench.installed())
+
+
 def test_files_that_cannot_be_written_are_refused_before_anything_is_timed(tmp_path, capsys):
     assert main(["bench", "--quick", "--out", str(tmp_path / "nowhere" / "rows.json")]) == 2
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]

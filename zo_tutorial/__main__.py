@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", allow_abbrev=False, help="time the steps of all methods in all query modes")
     timing.set_defaults(command=_bench)
     timing.add_argument("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
+    timing.add_argument("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
     timing.add_argument("--out", metavar="FILE.json", help="write the rows there; written anew if it is there")
     timing.add_argument("--plot", metavar="FILE.png", help="a bar chart; written anew if it is there")
     return parser
@@ -120,11 +121,15 @@ def _plot(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.plot and Path(arguments.plot).suffix != ".png":
         raise ExperimentError(f"{arguments.plot}: the picture should be a file whose name ends in .png")
+    peers = bench.installed() if arguments.peers else ()
+    for peer in bench.PEERS if arguments.peers else ():
+        if peer not in peers:
+            print(f"warning: {peer} is not installed and left out; pip install 'zo_tutorial[peers]'", file=sys.stderr)
     for path in filter(None, (arguments.out, arguments.plot)):
-        open(path, "wb").close()  # a folder that is not there is an error now, not in the end
+        open(path, "ab").close()  # a folder that is not there is an error now, not in the end
     rows = []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        rows += bench.bench(arguments.quick, device)
+        rows += bench.bench(arguments.quick, device, peers=peers)
     print(bench.table(rows))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,14 +2,18 @@
 
 For each model, method and query mode one step is timed, all of them in turn, again and again; the medians are compared
 with a first-order step (forward, backward, Adam) of the same model and with the loop. esti, batch and sign skip no
-coordinate and look to both sides; SGD takes 20 two-sided directions. Chapter 9 shows the result.
+coordinate and look to both sides; SGD takes 20 two-sided directions. Public libraries can be timed beside them, on the
+same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`. Chapter 9 shows the result.
 """
 
+import importlib.util
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from zo_tutorial import viz
 from zo_tutorial.data import mnist
@@ -28,6 +32,7 @@ METHODS = {
     "sign": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="sign")),
 }
 MODES = ("loop", "batched", "structured")
+PEERS = {"torchzero": ("SGD", "esti"), "evotorch": ("SGD",)}  # what each library has a step for; none has masks
 
 
 class Step:
@@ -42,9 +47,14 @@ class Step:
     def __init__(self, model, masks, method: str, mode: str, batch: tuple, share: float = 1.0):
         self.model, self.method, self.mode, self.batch = model, method, mode, batch
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}
-        self.seconds, self.queries, self.share = [], 1, share
+        self.seconds, self.queries, self.share, self.optimizer = [], 1, share, None
         if method == "FO":
-            self.optimizer = torch.optim.Adam(model.parameters())
+            self.run = _first_order_step(model, batch)
+            return
+        self.coordinates = sum(parameter.numel() for parameter in model.parameters())
+        if mode in PEERS:
+            self.run = (_evotorch_step if mode == "evotorch" else _torchzero_step)(model, method, batch)
+            self.queries = {"SGD": 40, "esti": 2 * self.coordinates}[method] + (mode == "torchzero")
             return
         cls, options = METHODS[method]
         generator = torch.Generator().manual_seed(0)
@@ -52,32 +62,72 @@ class Step:
             masks = _thinned(model, masks, share, generator)
         self.optimizer = cls(model, F.cross_entropy, masks, **options, generator=generator, query_mode=mode)
         self.coordinates = sum(map(len, self.optimizer.index.values()))
+        self.run = lambda: self.optimizer.step(*batch)
 
     def time(self) -> float:
         """Run one step; return and note its seconds."""
         self.model.load_state_dict(self.weights)
-        before = 0 if self.method == "FO" else self.optimizer.queries
+        before = self.optimizer.queries if self.optimizer else 0
         start = time.perf_counter()
-        if self.method == "FO":
-            inputs, targets = self.batch
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(inputs), targets).backward()
-            self.optimizer.step()
-        else:
-            self.optimizer.step(*self.batch)
-            self.queries = self.optimizer.queries - before
+        self.run()
         if self.batch[0].is_cuda:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
+        if self.optimizer:
+            self.queries = self.optimizer.queries - before
         return self.seconds[-1]
 
 
-def bench(quick: bool = False, device: str = "cpu", models: dict | None = None) -> list[dict]:
+def _first_order_step(model, batch: tuple) -> Callable:
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    return step
+
+
+def _torchzero_step(model, method: str, batch: tuple) -> Callable:
+    """Central differences along every coordinate, or along 20 Gaussian directions."""
+    import torchzero
+
+    approximations = {
+        "esti": lambda: torchzero.m.FDM(h=1e-3, formula="central"),
+        "SGD": lambda: torchzero.m.GaussianSmoothing(h=1e-3, n_samples=20, formula="central"),
+    }
+    optimizer = torchzero.Optimizer(model.parameters(), approximations[method](), torchzero.m.LR(1e-3))
+
+    @torch.no_grad()
+    def closure(backward=True):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return lambda: optimizer.step(closure)
+
+
+def _evotorch_step(model, method: str, batch: tuple) -> Callable:
+    """Policy gradients with parameter-based exploration: a population of 20 pairs θ ± σ u."""
+    from evotorch.algorithms import PGPE
+    from evotorch.neuroevolution import SupervisedNE
+    from evotorch.tools import set_default_logger_config
+
+    set_default_logger_config(logger_level=30, override=True)  # warnings only
+    data, device = torch.utils.data.TensorDataset(*batch), batch[0].device
+    problem = SupervisedNE(data, model, F.cross_entropy, minibatch_size=len(batch[0]), device=device)
+    options = dict(popsize=40, center_learning_rate=1e-3, stdev_learning_rate=0.0, stdev_init=1e-3)
+    return PGPE(problem, **options).step
+
+
+def bench(
+    quick: bool = False, device: str = "cpu", models: dict | None = None, peers: tuple[str, ...] = ()
+) -> list[dict]:
     """Time a step of every model, method and mode on one device, with as many threads as torch is set to.
 
     Args:
         quick: fewer rounds, and more steps scaled from a sample: under a minute on two cores.
         models: {name: (model, masks, (inputs, targets))} on that device; None: the models of the book on real images.
+        peers: the libraries of `PEERS` to time too, on models without masks.
 
     Returns:
         Rows with `model, method, mode, device, queries, median_s, first_order_steps, speedup_over_loop, queries_per_s,
@@ -86,24 +136,36 @@ def bench(quick: bool = False, device: str = "cpu", models: dict | None = None) 
     """
     rounds, longest = (3, 0.12) if quick else (7, 1.0)  # rounds, seconds of a step
     rows = []
-    for name, (model, masks, batch) in (models or _models(device)).items():
+    models = models or _models(device)
+    bar = tqdm(total=len(models) * (1 + rounds), unit="round", desc=device, leave=False, delay=1)
+    for name, (model, masks, batch) in models.items():
         trained = sum(map(len, _kept(model, masks).values()))
+        kinds = [("FO", "loop")] + [(method, mode) for method in METHODS if method != "FO" for mode in MODES]
+        kinds += [(method, peer) for peer in peers if masks is None for method in PEERS[peer]]
         steps = []
-        for method in METHODS:
-            for mode in MODES[:1] if method == "FO" else MODES:
-                step = Step(model, masks, method, mode, batch, 1.0 if method in ("FO", "SGD") else 16 / trained)
-                step.time()  # the first one also compares with the loop
-                enough = (8 if mode == "structured" else 1) * longest / 4
-                while step.share < 1 and min(step.time(), step.time()) < enough:
-                    step = Step(model, masks, method, mode, batch, min(1.0, 4 * step.share))
-                    step.time()
-                step.seconds.clear()
-                steps.append(step)
+        for method, mode in kinds:
+            whole = mode not in MODES or method in ("FO", "SGD")
+            step = Step(model, masks, method, mode, batch, 1.0 if whole else 16 / trained)
+            step.time()  # the first one also compares with the loop
+            enough = (8 if mode == "structured" else 1) * longest / 4
+            while step.share < 1 and min(step.time(), step.time()) < enough:
+                step = Step(model, masks, method, mode, batch, min(1.0, 4 * step.share))
+                step.time()
+            step.seconds.clear()
+            steps.append(step)
+        bar.update()
         for _ in range(rounds):
             for step in steps:
                 step.time()
+            bar.update()
         rows += _rows(name, steps, device, trained)
+    bar.close()
     return rows
+
+
+def installed() -> tuple[str, ...]:
+    """The libraries of `PEERS` that can be imported."""
+    return tuple(peer for peer in PEERS if importlib.util.find_spec(peer))
 
 
 def _models(device) -> dict:
@@ -190,13 +252,15 @@ def plot(rows: list[dict], path: str) -> None:
     methods = [method for method in METHODS if method != "FO"]
     figure = Figure(figsize=(2.9 * len(panels), 3.6))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    modes = [mode for mode in (*MODES, *PEERS) if any(row["mode"] == mode for row in rows)]
+    width = 0.8 / len(modes)
     for ax, (device, model) in zip(axes, panels, strict=True):
-        for k, (mode, hatch) in enumerate(zip(MODES, ("", "//", ".."), strict=True)):
+        for k, (mode, hatch) in enumerate(zip(modes, ("", "//", "..", "xx", "--"), strict=False)):
             chosen = [row for row in rows if (row["device"], row["model"], row["mode"]) == (device, model, mode)]
-            times = {row["method"]: row["first_order_steps"] for row in chosen}
-            places = [i + 0.27 * (k - 1) for i in range(len(methods))]
-            ax.bar(places, [times[method] for method in methods], 0.25, label=mode, hatch=hatch, edgecolor="white")
+            times = {row["method"]: row["first_order_steps"] for row in chosen if row["method"] != "FO"}
+            places = [methods.index(method) + width * (k - (len(modes) - 1) / 2) for method in times]
+            ax.bar(places, list(times.values()), 0.93 * width, label=mode, hatch=hatch, edgecolor="white")
         ax.set(title=f"{model}, {device}", yscale="log", xticks=range(len(methods)), xticklabels=methods)
     axes[0].set_ylabel("time of a step (first-order steps)")
-    axes[-1].legend()
+    axes[-1].legend(*max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1])))
     figure.savefig(path, metadata={"Software": None})
