@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -107,20 +108,28 @@ def _data(arguments: argparse.Namespace) -> None:
 
 def _plot(arguments: argparse.Namespace) -> None:
     records = [load_record(path) for path in arguments.records]
-    if Path(arguments.out).suffix != ".png":
-        raise ExperimentError(f"{arguments.out}: the picture should be a file whose name ends in .png")
-    from matplotlib.figure import Figure
-
-    viz.use_style()
-    figure = Figure()
-    viz.plot_curves(records, ax=figure.subplots())
-    figure.savefig(arguments.out, metadata={"Software": None})  # the same bytes whatever the version
+    _check_picture(arguments.out)
+    _save_picture(arguments.out, lambda figure: viz.plot_curves(records, ax=figure.subplots()))
     print(f"picture: {arguments.out}")
 
 
+def _check_picture(path: str) -> None:
+    if Path(path).suffix != ".png":
+        raise ExperimentError(f"{path}: the picture should be a file whose name ends in .png")
+
+
+def _save_picture(path: str, draw: Callable, **options) -> None:
+    from matplotlib.figure import Figure
+
+    viz.use_style()
+    figure = Figure(**options)
+    draw(figure)
+    figure.savefig(path, metadata={"Software": None})  # the same bytes whatever the version
+
+
 def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.plot and Path(arguments.plot).suffix != ".png":
-        raise ExperimentError(f"{arguments.plot}: the picture should be a file whose name ends in .png")
+    if arguments.plot:
+        _check_picture(arguments.plot)
     peers = bench.installed() if arguments.peers else ()
     for peer in bench.PEERS if arguments.peers else ():
         if peer not in peers:
@@ -134,7 +143,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.plot:
-        bench.plot(rows, arguments.plot)
+        _save_picture(arguments.plot, lambda figure: bench.plot(rows, figure), figsize=(8.7, 3.8))
 
 
 if __name__ == "__main__":

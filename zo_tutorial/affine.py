@@ -1,7 +1,7 @@
 """How a layer's output answers to a change of one weight: z(θ + s e_c) = z(θ) + s J_c, exactly.
 
 The output z of a dense, convolutional, TT or TTM layer is affine in each single one of its parameters. So a
-sensitivity J_c, formed from the layer's input x and its other parameters, gives the output under any change s:
+sensitivity J_c, formed from the layer's input x and its other parameters, gives the output under any change s::
 
     dense        z_i = Σ_j W_ij x_j                    W_ij changes one feature of z:  J = x_j
     convolution  z_i = Σ_q W_iq x_q, x_q the patches   W_iq changes one channel of z:  J = x_q
@@ -40,7 +40,7 @@ def units_first(layer: nn.Module, z: Tensor) -> Tensor:
 
 
 def units_back(layer: nn.Module, z: Tensor, shape: torch.Size) -> Tensor:
-    """(K, units, R) as K outputs of the layer's own shape: (K, *shape)."""
+    """(K, units, R) as K outputs of the layer's own shape: `(K, *shape)`."""
     dim = _unit_dim(layer)
     rest = [*shape]
     del rest[dim]
@@ -56,7 +56,7 @@ class Units:
 
     Attributes:
         run: so many consecutive entries change the same slice of z.
-        factors: z (units, R) viewed as (*factors, R); run i of the entries changes its slice i, modulo the second
+        factors: z (units, R) viewed as `(*factors, R)`; run i of the entries changes its slice i, modulo the second
             factor, along that dimension.
         columns: the sensitivities that occur, (Q, R).
     """

@@ -73,7 +73,7 @@ class Batched:
         self.inputs, self.targets, self.tape, self.limit, self.reset = inputs, targets, tape, limit, reset
 
     def losses(self, points: dict[str, Tensor]) -> Tensor:
-        """(P,) losses from P copies of each perturbed parameter: {name: (P, *shape)}."""
+        """(P,) losses from P copies of each perturbed parameter: `{name: (P, *shape)}`."""
 
         def loss(copies):
             return functional_call(self.module, copies, (self.inputs, self.targets)).reshape(())

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from zo_tutorial import viz
 from zo_tutorial.data import mnist
 from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
@@ -32,6 +31,7 @@ METHODS = {
     "sign": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="sign")),
 }
 MODES = ("loop", "batched", "structured")
+LOOKS = [("black", ""), ("gray", ""), ("lightgray", ""), ("white", "///"), ("white", "...")]  # of modes, then of peers
 PEERS = {"torchzero": ("SGD", "esti"), "evotorch": ("SGD",)}  # what each library has a step for; none has masks
 
 
@@ -130,9 +130,9 @@ def bench(
         peers: the libraries of `PEERS` to time too, on models without masks.
 
     Returns:
-        Rows with `model, method, mode, device, queries, median_s, first_order_steps, speedup_over_loop, queries_per_s,
-        scaled`: seconds of a whole step, those over the seconds of a first-order step, the loop's seconds over those,
-        and whether they were scaled from a sample. A first-order step counts as one query in a loop.
+        Rows with `model, method, mode, device, threads, queries, median_s, first_order_steps, speedup_over_loop,
+        queries_per_s, scaled`: seconds of a whole step, those over the seconds of a first-order step, the seconds
+        of the loop over those, and whether they were scaled from a sample. A first-order step counts as one query.
     """
     rounds, longest = (3, 0.12) if quick else (7, 1.0)  # rounds, seconds of a step
     rows = []
@@ -219,6 +219,7 @@ def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]
             "method": step.method,
             "mode": step.mode,
             "device": device,
+            "threads": torch.get_num_threads(),
             "queries": (found := whole[step.method, step.mode])[1],
             "median_s": found[0],
             "first_order_steps": found[0] / first_order,
@@ -243,24 +244,21 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: str) -> None:
-    """A bar chart of first-order steps a step, one panel a model, written to a file."""
-    from matplotlib.figure import Figure
-
-    viz.use_style()
+def plot(rows: list[dict], figure) -> None:
+    """A bar chart of first-order steps a step, one panel for each device and model, drawn on a matplotlib Figure."""
     panels = list(dict.fromkeys((row["device"], row["model"]) for row in rows))
     methods = [method for method in METHODS if method != "FO"]
-    figure = Figure(figsize=(2.9 * len(panels), 3.6))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     modes = [mode for mode in (*MODES, *PEERS) if any(row["mode"] == mode for row in rows)]
     width = 0.8 / len(modes)
-    for ax, (device, model) in zip(axes, panels, strict=True):
-        for k, (mode, hatch) in enumerate(zip(modes, ("", "//", "..", "xx", "--"), strict=False)):
-            chosen = [row for row in rows if (row["device"], row["model"], row["mode"]) == (device, model, mode)]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        for k, (mode, (color, hatch)) in enumerate(zip(modes, LOOKS, strict=False)):
+            chosen = [row for row in rows if (row["device"], row["model"]) == panel and row["mode"] == mode]
             times = {row["method"]: row["first_order_steps"] for row in chosen if row["method"] != "FO"}
             places = [methods.index(method) + width * (k - (len(modes) - 1) / 2) for method in times]
-            ax.bar(places, list(times.values()), 0.93 * width, label=mode, hatch=hatch, edgecolor="white")
-        ax.set(title=f"{model}, {device}", yscale="log", xticks=range(len(methods)), xticklabels=methods)
+            ax.bar(places, list(times.values()), width, label=mode, color=color, hatch=hatch, edgecolor="black")
+        title = panel[1] if len({device for device, _ in panels}) == 1 else f"{panel[1]}, {panel[0]}"
+        ax.set(title=title, yscale="log", xticks=range(len(methods)), xticklabels=methods, ylim=(1, None))
     axes[0].set_ylabel("time of a step (first-order steps)")
-    axes[-1].legend(*max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1])))
-    figure.savefig(path, metadata={"Software": None})
+    labels = [ax.get_legend_handles_labels() for ax in axes]
+    figure.legend(*max(labels, key=lambda found: len(found[1])), loc="outside lower center", ncols=len(modes))

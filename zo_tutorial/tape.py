@@ -233,7 +233,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def copies(parameter: Tensor, count: int) -> Tensor:
-    """(count, *shape), contiguous."""
+    """Copies in one contiguous tensor: `(count, *shape)`."""
     return parameter.detach().contiguous().repeat(count, *[1] * parameter.dim())
 
 
