@@ -380,6 +380,14 @@ def test_what_vmap_cannot_run_is_looped_or_refused(make, batch):
             queries.directions({"linear.weight": torch.arange(18)}, torch.ones(1, 18).double(), [0.1])
 
 
+def test_weights_that_are_views_of_one_vector_share_nothing(batch):
+    torch.manual_seed(0)
+    model = MODELS["dense"]().double()
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    assert ("coordinates", "structured") in compare(model, batch, "structured")
+
+
 class Stored(nn.Module):
     """A view of a weight, stored beside it: copies of the weight leave it behind."""
 

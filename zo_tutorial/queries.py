@@ -6,7 +6,6 @@ makes it cheap.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from math import isfinite
@@ -19,7 +18,7 @@ from zo_tutorial.affine import is_affine
 from zo_tutorial.batched import Batched, BatchedSite, BatchedWalk
 from zo_tutorial.directional import Directional
 from zo_tutorial.structured import Site, Walk
-from zo_tutorial.tape import Tape, Unsuitable, storage, tensors_in
+from zo_tutorial.tape import Tape, Unsuitable, overlap, span, tensors_in
 
 QUERY_MODES = ("auto", "loop", "batched", "structured")
 LOOK_AHEAD = 64  # the most coordinates that `descend` tries ahead of a move
@@ -356,7 +355,7 @@ class LossQueries:
             known += [vars(module), module._parameters, module._buffers]
         layers = [module for module in self.modules.values() if is_affine(module)] if self.ways else []
         parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
-        self.holders = Counter(map(storage, parameters))  # how many modules hold each
+        self.held = list(map(span, parameters))
         while True:
             self.tape = Tape(layers, tensors_in(known), self.draws, self.limit / 2)
             may_draw, self.draws = self.draws, True
@@ -389,10 +388,11 @@ class LossQueries:
             Unsuitable: it is no layer of a known form, or something else reads the parameter too.
         """
         owner = self._owner(name)
-        layer, read = self.modules.get(owner), storage(self.parameters[name])
+        layer, here = self.modules.get(owner), span(self.parameters[name])
         if layer is None or not is_affine(layer):
             raise Unsuitable("no form is known for the layer")
-        if read in self.tape.storages or self.holders[read] > 1:
+        holders = sum(overlap(here, held) for held in self.held)
+        if holders > 1 or any(overlap(here, read) for read in self.tape.read):
             raise Unsuitable("the weight is read outside its layer")
         return layer, name.removeprefix(f"{owner}.")
 

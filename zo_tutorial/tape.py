@@ -101,7 +101,7 @@ class Tape(TorchFunctionMode):
         self.layers, self.draws, self.limit = list(layers), draws, limit
         self.calls: list[Call] = []
         self.known = {id(tensor): tensor for tensor in known}
-        self.storages: set[int] = set()  # what calls outside the layers have read
+        self.read: set[range] = set()  # the spans that calls outside the layers have read
         self.open: Call | None = None
         self.bytes = 0
         self.loss: Any = None
@@ -144,7 +144,7 @@ class Tape(TorchFunctionMode):
             self.calls.clear()
             return
         self.calls.append(call)
-        self.storages.update(storage(tensor) for tensor in call.tensors)
+        self.read.update(map(span, call.tensors))
         if all(id(tensor) in self.known for tensor in call.tensors):
             self.known.update((id(tensor), tensor) for tensor in call.results)
 
@@ -237,9 +237,15 @@ def copies(parameter: Tensor, count: int) -> Tensor:
     return parameter.detach().contiguous().repeat(count, *[1] * parameter.dim())
 
 
-def storage(tensor: Tensor) -> int:
-    """Where the numbers of a tensor lie: the same for all views of it."""
-    return tensor.untyped_storage().data_ptr()
+def span(tensor: Tensor) -> range:
+    """Where the numbers of a tensor lie in memory, from the first byte to behind the last."""
+    entries = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(tensor.data_ptr(), tensor.data_ptr() + max(0, entries) * tensor.element_size())
+
+
+def overlap(a: range, b: range) -> bool:
+    """Whether two tensors may share numbers, by their spans."""
+    return a.start < b.stop and b.start < a.stop
 
 
 def random_state() -> list[Tensor]:
