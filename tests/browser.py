@@ -28,7 +28,7 @@ def open_browser(profile):
         " --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
     ).split():
         options.add_argument(argument)
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService("/usr/bin/chromedriver")  # Debian's: nothing is downloaded

@@ -16,15 +16,39 @@ import urllib.request
 from pathlib import Path
 
 from browser import open_browser
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-RUN_ALL = """
-const done = arguments[arguments.length - 1];
-const {commands} = window.jupyterapp;
-commands.execute("notebook:run-all-cells").then(() => done(null), error => done(String(error)));
+NOTEBOOK = "const notebook = window.jupyterapp.shell.currentWidget.content; "
+READY = """
+const opened = window.jupyterapp?.shell?.currentWidget;
+return opened?.context?.path === arguments[0] && opened.sessionContext.isReady
+    && opened.sessionContext.session?.kernel?.status === "idle";
 """
+PICTURE, TRACEBACK = ".widget-html img", ".widget-html pre"
+RUN_ALL = """
+const done = arguments[0];
+window.jupyterapp.commands.execute("notebook:run-all-cells")
+    .then(succeeded => done(succeeded ? null : "a cell failed"), error => done(String(error)));
+"""
+FIND = (
+    NOTEBOOK
+    + """
+return notebook.widgets.map((cell, k) => [k, cell.model.sharedModel.getSource()])
+    .filter(([k, source]) => /^explore[(]/m.test(source)).map(([k]) => k);
+"""
+)
+# The lab renders a cell when it comes near the window.
+SCROLL = (
+    NOTEBOOK
+    + """
+const [k, done] = arguments;
+notebook.activeCellIndex = k;
+notebook.scrollToItem(k, "center").then(() => setTimeout(done, 500));
+"""
+)
 
 
 def free_port():
@@ -36,10 +60,10 @@ def free_port():
 def start_lab(folder):
     """JupyterLab on a folder: its process and its address."""
     port, token = free_port(), secrets.token_hex(16)
-    options = f"--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token={token} --LabApp.expose_app_in_browser=True"
+    options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --LabApp.expose_app_in_browser=True"
+    options += f" --IdentityProvider.token={token} --ServerApp.root_dir={folder}"
     log = open(folder / "lab.log", "wb")
-    command = [sys.executable, "-m", "jupyterlab", "--allow-root", f"--ServerApp.root_dir={folder}", *options.split()]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options.split()], stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/{{}}?token={token}"
     for _ in range(240):
         try:
@@ -53,51 +77,38 @@ def start_lab(folder):
     sys.exit((folder / "lab.log").read_text())
 
 
+def find(browser, selector):
+    """Elements of the active cell; the lab may draw a cell anew, so they are looked up each time."""
+    return browser.find_elements(By.CSS_SELECTOR, f".jp-Notebook .jp-Cell.jp-mod-active {selector}")
+
+
 def faults_of_chapter(browser, address, chapter):
-    """Run it, then move each of its sliders; yields what is wrong, and last the number of sliders."""
-    browser.get(address.format(f"lab/tree/{chapter}"))
-    wait = WebDriverWait(browser, 240, poll_frequency=0.5)
-    wait.until(lambda b: b.execute_script("return window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady"))
+    """Run it, then move each of its sliders; yields what is wrong."""
+    browser.get(address.format(f"lab/workspaces/{Path(chapter).stem}/tree/{chapter}"))
+    wait = WebDriverWait(browser, 120, ignored_exceptions=[IndexError, StaleElementReferenceException])
+    wait.until(lambda b: b.execute_script(READY, chapter))
     failed = browser.execute_async_script(RUN_ALL)
     if failed:
         yield f"{chapter}: {failed}"
-    for error in browser.find_elements(By.CSS_SELECTOR, "[data-mime-type='application/vnd.jupyter.stderr']"):
-        yield f"{chapter}: {error.text[:200]}"
-    # The lab renders a cell when it comes near the window.
-    total = browser.execute_script(
-        "return window.jupyterapp.shell.currentWidget.content.widgets.filter("
-        "w => w.model.sharedModel.getSource().includes('\\nexplore(')).length"
-    )
+        return
     sliders = 0
-    for box in browser.execute_script(
-        """const notebook = window.jupyterapp.shell.currentWidget.content;
-        return notebook.widgets.map((w, k) => [w.model.sharedModel.getSource(), k])
-            .filter(([source]) => source.includes("\\nexplore(")).map(([, k]) => k);"""
-    ):
-        browser.execute_async_script(
-            """const [k, done] = [arguments[0], arguments[arguments.length - 1]];
-            const notebook = window.jupyterapp.shell.currentWidget.content;
-            notebook.activeCellIndex = k;
-            notebook.scrollToItem(k, "center").then(() => setTimeout(done, 500));""",
-            box,
-        )
-        cell = browser.find_element(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell.jp-mod-active")
-        wait.until(lambda b, cell=cell: cell.find_elements(By.CSS_SELECTOR, ".noUi-handle"))
-        for slider in cell.find_elements(By.CSS_SELECTOR, ".noUi-handle"):
-            picture = cell.find_element(By.CSS_SELECTOR, ".widget-html img")
-            before = picture.get_attribute("src")
-            slider.send_keys(Keys.ARROW_RIGHT)
+    for k in browser.execute_script(FIND):
+        browser.execute_async_script(SCROLL, k)
+        handles = wait.until(lambda b: find(b, PICTURE) and find(b, ".noUi-handle"))
+        for which in range(len(handles)):
+            before = find(browser, PICTURE)[0].get_attribute("src")
+            find(browser, ".noUi-handle")[which].send_keys(Keys.ARROW_RIGHT)
             try:
-                WebDriverWait(browser, 30).until(
-                    lambda b, cell=cell, before=before: cell.find_element(
-                        By.CSS_SELECTOR, ".widget-html img"
-                    ).get_attribute("src")
-                    != before
+                wait.until(
+                    lambda b, before=before: find(b, TRACEBACK) or find(b, PICTURE)[0].get_attribute("src") != before
                 )
-            except Exception as error:
-                yield f"{chapter}: a slider does not move its picture ({type(error).__name__})"
+            except TimeoutException:
+                yield f"{chapter}: a slider does not move its picture"
+            if find(browser, TRACEBACK):
+                yield f"{chapter}: a slider fails: {find(browser, TRACEBACK)[0].text.splitlines()[-1]}"
+                break
             sliders += 1
-    if not total or not sliders:
+    if not sliders:
         yield f"{chapter}: no slider found"
     print(f"{chapter}: {sliders} live sliders moved")
 
@@ -106,9 +117,9 @@ def main(chapters):
     faults = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for chapter in chapters:
-            shutil.copy(chapter, folder)
-        process, address = start_lab(folder)
+        book = folder / "book"  # a copy: what is run is saved
+        shutil.copytree(Path(chapters[0]).parent, book)
+        process, address = start_lab(book)
         browser = open_browser(folder / "profile")
         browser.set_script_timeout(300)
         browser.set_window_size(1400, 1000)
@@ -119,9 +130,9 @@ def main(chapters):
             browser.quit()
             process.terminate()
             process.wait(20)
-    print("\n".join(faults))
+    print("\n".join(faults) or f"{len(chapters)} chapters in JupyterLab: 0 faults")
     sys.exit(bool(faults))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([Path(argument).resolve() for argument in sys.argv[1:]] or sys.exit(__doc__))
