@@ -32,6 +32,7 @@ METHODS = {
 }
 MODES = ("loop", "batched", "structured")
 LOOKS = [("black", ""), ("gray", ""), ("lightgray", ""), ("white", "///"), ("white", "...")]  # of modes, then of peers
+REPEATS = 5  # the most times that a step is repeated within a round
 PEERS = {"torchzero": ("SGD", "esti"), "evotorch": ("SGD",)}  # what each library has a step for; none has masks
 
 
@@ -157,6 +158,9 @@ def bench(
         for _ in range(rounds):
             for step in steps:
                 step.time()
+                # short steps several times in a row, as in training
+                for _ in range(min(REPEATS, int(longest / 4 / step.seconds[-1]))):
+                    step.time()
             bar.update()
         rows += _rows(name, steps, device, trained)
     bar.close()
