@@ -9,12 +9,14 @@ outputs in one call. Two forms are cheaper still (chapter 9):
 - Softmax cross-entropy of o follows: it is evaluated here (`cross_entropy`), with the batch as the long dimension.
 
 What bounds a two-sided step, from the rates of one core (2.6e9 numbers a second for an operation in its cache, 0.7e9
-for log1p, 41e9 multiply-adds a second) and batch 128 in float32, and what was measured on that core:
+for log1p, 41e9 multiply-adds a second) and batch 128 in float32, and what was measured on that core (a second one
+gains little: most operations are too short to share):
 
 - Dense 784-256-10, 10,164 weights: bytes. 2.6 million changes of hidden units, each through eight operations and a
-  log1p, and six gathers for both sides: 15 ms. Measured: 27 ms.
+  log1p, and six gathers for both sides: 15 ms. Measured: 18 ms.
 - TTM of rank 4, 1,504 weights: bytes, then flops. 17 million numbers are shifted and activated: 13 ms; 0.23e9
-  multiply-adds: 6 ms; softmax: 3 ms. Measured: 42 ms; the rest is dispatch, some 30 portions of 30 operations.
+  multiply-adds: 6 ms; softmax: 3 ms. Measured: 32 ms; the rest is dispatch, some 60 portions of 30 operations. (For
+  the ReLU, most of it is linear in J: that would halve the bytes, but was no faster in all, for its extra operations.)
 - Convolutions: flops. All of the network behind a weight is run for each of its shifts.
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
