@@ -183,6 +183,7 @@ import os, signal, sys
 from zo_tutorial.__main__ import main
 from zo_tutorial.experiments import train
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
 save, saved = train.save_checkpoint, []
 
 def save_and_interrupt(*arguments):
