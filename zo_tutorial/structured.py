@@ -16,7 +16,7 @@ gains little: most operations are too short to share):
   log1p, and six gathers for both sides: 15 ms. Measured: 18 ms.
 - TTM of rank 4, 1,504 weights: bytes, then flops. 17 million numbers are shifted and activated: 13 ms; 0.23e9
   multiply-adds: 6 ms; softmax: 3 ms. Measured: 32 ms; the rest is dispatch, some 60 portions of 30 operations. (For
-  the ReLU, most of it is linear in J: that would halve the bytes, but was no faster in all, for its extra operations.)
+  the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
 - Convolutions: flops. All of the network behind a weight is run for each of its shifts.
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
