@@ -1,4 +1,4 @@
-"""The command line: python -m zo_tutorial mnist|data|plot|bench. `--help` after either says all."""
+"""The command line: python -m zo_tutorial mnist|reproduce|data|plot|bench. `--help` after either says all."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch
 
 from zo_tutorial import bench, viz
 from zo_tutorial.data import DataError, mnist
-from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
+from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
 
 PROGRAM = "python -m zo_tutorial"
@@ -34,13 +34,15 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             out = getattr(arguments, "out", None)
             hint = f"the same command with --resume goes on from {out}" if out else "--out would have kept it"
+            if hasattr(arguments, "table"):
+                hint = "the same command goes on where it stopped"
             print(f"{PROGRAM}: interrupted; {hint}", file=sys.stderr)
             return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, data, plot, bench")
+    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, reproduce, data, plot, bench")
     train = commands.add_parser("mnist", allow_abbrev=False, help="train and test an MNIST classifier from a config")
     train.set_defaults(command=_mnist)
     add = train.add_argument
@@ -60,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
         "overwritten, except by --resume",
     )
     add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
+    again = commands.add_parser("reproduce", allow_abbrev=False, help="make a table of runs again, and compare")
+    again.set_defaults(command=_reproduce)
+    add = again.add_argument
+    add("table", nargs="?", choices=tables.table_names(), help="none: say what tables there are")
+    add("--list", action="store_true", help="print the runs of the table and end")
+    add("--only", default="", metavar="TEXT", help="only the rows whose name contains TEXT")
+    add("--quick", action="store_true", help="each run cut to seconds: embedded data, few epochs and steps, one seed")
+    add("--jobs", type=int, metavar="N", help="runs at a time, each with one thread; default: one for each core")
+    add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
+    add("--device", default="cpu", help="cpu (the default), cuda, …")
+    add(
+        "--out",
+        metavar="DIR",
+        help="the folder of the records, default reproduced/TABLE; those that are there are kept, and a run that was "
+        "cut off goes on: the same command goes on where it stopped",
+    )
     data = commands.add_parser("data", allow_abbrev=False, help="show which MNIST images there are")
     data.set_defaults(command=_data)
     data.add_argument("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
@@ -92,6 +110,25 @@ def _mnist(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, parse_overrides(arguments.set) | overrides, arguments.quick)
     record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
     print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    if arguments.table is None:
+        raise ExperimentError(f"reproduce needs a table: {', '.join(tables.table_names())}")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ExperimentError(f"--jobs {arguments.jobs}: should be at least 1")
+    runs = tables.load_table(arguments.table, arguments.quick, arguments.only)
+    if arguments.list:
+        print("\n".join(f"{one.row}, seed {one.config.training.seed}" for one in runs))
+        return
+    out = Path(arguments.out or f"reproduced/{arguments.table}{'_quick' if arguments.quick else ''}")
+    records = tables.reproduce(runs, out, root=arguments.root, device=arguments.device, jobs=arguments.jobs)
+    recorded = tables.RECORDED / arguments.table
+    print(tables.comparison(runs, records, None if arguments.quick else recorded))
+    print(f"records: {out}")
+    failed = sum(isinstance(record, str) for record in records)
+    if failed:
+        raise ExperimentError(f"{failed} of {len(runs)} runs failed")
 
 
 def _data(arguments: argparse.Namespace) -> None:

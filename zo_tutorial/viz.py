@@ -23,6 +23,18 @@ METHODS = {
     "mix": {"label": "SGD, then SCD", "color": "#56B4E9", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
 }
 
+# The networks that chapters 5, 7 and 8 compare: how the weights to train were chosen, or the format they have.
+NETS = {
+    "dense": {"label": "dense", "color": "#000000", "linestyle": "--", "marker": "x"},
+    "grasp": {"label": "GraSP", "color": "#009E73", "linestyle": "-", "marker": "o"},
+    "shuffle": {"label": "GraSP, shuffled", "color": "#56B4E9", "linestyle": "-.", "marker": "s"},
+    "snip": {"label": "SNIP", "color": "#D55E00", "linestyle": (0, (8, 1)), "marker": "v"},
+    "magnitude": {"label": "magnitude", "color": "#CC79A7", "linestyle": ":", "marker": "D"},
+    "random": {"label": "random, equal shares", "color": "#777777", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
+    "TT": {"label": "TT", "color": "#E69F00", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
+    "TTM": {"label": "TTM", "color": "#0072B2", "linestyle": "-", "marker": "^"},
+}
+
 MAX_FRAMES = 60  # of one `explore`: at about 20 kB a frame, 1.2 MB in the page
 
 

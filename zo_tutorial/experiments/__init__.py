@@ -1,7 +1,8 @@
-"""Complete experiments: a config (`load_config`), the run (`run`) and its record (`load_record`)."""
+"""Complete experiments: a config (`load_config`), the run (`run`), its record (`load_record`), and tables of runs."""
 
 from zo_tutorial.experiments.config import Config, ExperimentError, load_config
 from zo_tutorial.experiments.record import load_record
+from zo_tutorial.experiments.tables import load_table, reproduce
 from zo_tutorial.experiments.train import run
 
-__all__ = ["Config", "ExperimentError", "load_config", "load_record", "run"]
+__all__ = ["Config", "ExperimentError", "load_config", "load_record", "load_table", "reproduce", "run"]

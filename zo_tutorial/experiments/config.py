@@ -257,7 +257,7 @@ def load_config(path: str | Path, overrides: dict | None = None, quick: bool = F
         ExperimentError: in one line that names file, key and what is allowed.
     """
     file = _find(path)
-    values = _read(file)
+    values = read_yaml(file)
     for key, value in (overrides or {}).items():
         _set(values, key, value, file)
     config = _check(values, file)
@@ -324,13 +324,14 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-def _read(file: Path) -> dict:
+def read_yaml(file: Path) -> dict:
+    """The groups of a YAML file. Raises ExperimentError."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
         raise ExperimentError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ExperimentError(f"{file}: should hold the groups {_keys(Config)}")
+        raise ExperimentError(f"{file}: should hold groups of keys")
     return values
 
 
@@ -350,12 +351,12 @@ def _check(values: dict, file: Path) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ExperimentError(f"{file}: {_explain(error.errors()[0])}") from error
+        raise ExperimentError(f"{file}: {explain(error.errors()[0])}") from error
     config._file = file
     return config
 
 
-def _explain(error: dict) -> str:
+def explain(error: dict) -> str:
     """One error of pydantic as "key: what is wrong and what is allowed"."""
     where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
     if len(where) > 1 and Config.model_fields[where[0]].discriminator:

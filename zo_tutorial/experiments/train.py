@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ def run(
     resume: bool = False,
     quiet: bool = False,
     checkpoint_seconds: float = 30.0,
+    on_epoch: Callable[[dict], None] = lambda point: None,
 ) -> dict:
     """Train and test as the config says; return the record, whose fields `zo_tutorial.experiments.record` lists.
 
@@ -49,6 +51,7 @@ def run(
         resume: go on from the checkpoint; from the start if there is none yet. Where the record of this very config is
             there already, return it.
         quiet: no progress bar and no printed line.
+        on_epoch: called with each new point of the curve.
 
     Raises:
         ExperimentError, DataError: a config, file or data that cannot be used; raised before anything is written.
@@ -91,7 +94,7 @@ def run(
             state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
             save_checkpoint(checkpoint_path(out), state | {"progress": progress})
 
-    _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say)
+    _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch)
     model.load_state_dict(progress["best"]["model"])
     trained = {name: index for phase in phases for name, index in phase.optimizer.index.items()}
     record = {
@@ -141,7 +144,9 @@ class _Phase(NamedTuple):
     first_step: int
 
 
-def _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say) -> None:
+def _train(
+    config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch
+) -> None:
     """Train from `progress`, which is kept up to date, to the last of `steps`."""
     epoch_steps = -(-len(train.labels) // config.training.batch_size)
     epochs = -(-steps // epoch_steps)
@@ -185,6 +190,7 @@ def _train(config, model, phases, train, validation, progress, steps, save, chec
             progress["best"] = {"epoch": epoch, "val_accuracy": point["val_accuracy"], "model": weights}
         save()
         saved_at = time.perf_counter()
+        on_epoch(point)
         say(
             f"epoch {epoch}/{epochs}: loss {point['loss']:.4f}, validation {point['val_accuracy']:.2%}, "
             f"{point['queries']:,} queries, {point['seconds']:.1f} s"

@@ -1,0 +1,226 @@
+"""Whole tables of recorded runs: `python -m zo_tutorial reproduce` makes them again and compares.
+
+A table is a YAML file of rows. A row is a config of the package, values that it changes, and seeds; each seed is a run
+of its own, with a record of its own.
+"""
+
+import itertools
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+
+from zo_tutorial.data import DataError, mnist
+from zo_tutorial.experiments.checkpoint import checkpoint_path
+from zo_tutorial.experiments.config import Config, ExperimentError, Group, explain, load_config, read_yaml
+from zo_tutorial.experiments.record import load_record
+from zo_tutorial.experiments.train import run
+
+TABLES = Path(__file__).parent.parent / "tables"
+SET_BY_QUICK = ("data.source", "training.epochs", "training.max_steps", "optimizer.grad_sparsity")
+RECORDED = Path(__file__).parents[2] / "book" / "results"  # of a source tree; an installed package has none
+BAR = "{desc} |{bar:16}| epoch {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
+
+Seeds = list[int]
+
+
+class Row(Group):
+    config: str = Field(description="a config of the package, such as MNIST/TTM/SCD_esti")
+    name: str | None = Field(None, description="none: the config's name")
+    set: dict = Field({}, description="values that differ from the config's, by dotted key")
+    vary: dict[str, list] = Field({}, description="dotted keys, each with a list: a row of its own for each choice")
+    seeds: Seeds | None = Field(None, description="none: the table's seeds")
+
+
+class Table(Group):
+    """A file of the folder tables."""
+
+    seeds: Seeds = Field(description="training.seed of the runs of each row")
+    set: dict = Field({}, description="values by dotted key, for all rows")
+    rows: list[Row]
+
+
+class Run(NamedTuple):
+    """One run of a table."""
+
+    row: str  # the name of its row
+    config: Config
+
+    @property
+    def file(self) -> str:
+        """The name of its record: MNIST_TTM_SCD_esti_s0.json."""
+        return f"{self.row.replace('/', '_').replace(' ', '_')}_s{self.config.training.seed}.json"
+
+
+def table_names() -> list[str]:
+    """The tables of the package."""
+    return sorted(path.stem for path in TABLES.glob("*.yml"))
+
+
+def load_table(name: str, quick: bool = False, only: str = "") -> list[Run]:
+    """The runs of a table of the package, in its order.
+
+    Args:
+        name: one of `table_names()`.
+        quick: each config cut to seconds (see `load_config`), the first seed alone.
+        only: keep the rows whose name contains this.
+
+    Raises:
+        ExperimentError: no such table, no such row, or a table or config that cannot be used.
+    """
+    if name not in table_names():
+        raise ExperimentError(f"{name}: no such table; choose from {', '.join(table_names())}")
+    file = TABLES / f"{name}.yml"
+    try:
+        table = Table.model_validate(read_yaml(file))
+    except ValidationError as error:
+        raise ExperimentError(f"{file}: {explain(error.errors()[0])}") from error
+    runs = []
+    for row in table.rows:
+        for values in itertools.product(*row.vary.values()):
+            label = " ".join([row.name or row.config, *map(str, values)])
+            overrides = table.set | row.set | dict(zip(row.vary, values, strict=True))
+            if quick:
+                overrides = {key: value for key, value in overrides.items() if key not in SET_BY_QUICK}
+            seeds = table.seeds if row.seeds is None else row.seeds
+            for seed in seeds[:1] if quick else seeds:
+                runs.append(Run(label, load_config(row.config, overrides | {"training.seed": seed}, quick)))
+    found = [one for one in runs if only in one.row]
+    if not found:
+        raise ExperimentError(f"{name}: no row's name contains {only!r}; --list shows them")
+    return found
+
+
+def reproduce(
+    runs: Sequence[Run],
+    out: str | Path,
+    *,
+    root: str | Path | None = None,
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> list[dict | str]:
+    """Make all runs, `jobs` of them at a time; return their records in order, an error's text where a run failed.
+
+    Args:
+        runs: of `load_table`.
+        out: a folder, made if it is not there. A record that lies there already is taken as it is, and a run that was
+            cut off goes on from its checkpoint: so the same command goes on where it stopped.
+        root, device: as for `run`.
+        jobs: processes, each with one thread; None: one for each processor core.
+
+    Raises:
+        ExperimentError, DataError: a record in the folder that is another run's; data that cannot be had.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    records = [_finished(one, out) for one in runs]
+    waiting = [k for k, record in enumerate(records) if record is None]
+    epochs = sum(runs[k].config.training.epochs for k in waiting)
+    with tqdm(total=epochs, desc=f"{len(runs)} runs", bar_format=BAR, disable=None) as bar:
+        jobs = min(jobs or os.cpu_count(), max(1, len(waiting)))
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch that do not run
+        done = context.Value("q", 0)  # epochs
+        for source in {runs[k].config.data.source for k in waiting}:
+            mnist.load(source, root)  # downloads once, and fails here where it must
+        tasks = [(k, runs[k], out, root, device) for k in waiting]
+        with context.Pool(jobs, _start, (done,)) as pool:  # left by an exception, it ends its processes
+            results = pool.imap_unordered(_work, tasks)
+            while waiting:
+                try:
+                    k, result = results.next(timeout=0.5)
+                    waiting.remove(k)
+                    records[k] = result
+                    bar.set_postfix_str(f", {len(runs) - len(waiting)} of {len(runs)} runs done", False)
+                    tqdm.write(f"{runs[k].file}: {_outcome(result)}")
+                except multiprocessing.TimeoutError:
+                    pass
+                bar.update(done.value - bar.n)
+    return records
+
+
+def comparison(runs: Sequence[Run], records: Sequence[dict | str], recorded: Path | None = None) -> str:
+    """A line for each row: test accuracy in per cent, mean and standard deviation over its seeds; what it took; and
+    the same from the records in the folder `recorded`, with the change of the mean in points."""
+    width = max(len(one.row) for one in runs)
+    lines = [f"{'':{width}} {'weights':>8} {'queries':>12} {'seconds':>8}  {'test %':<12}  {'recorded':<12}  change"]
+    for row in dict.fromkeys(one.row for one in runs):
+        here = [record for one, record in zip(runs, records, strict=True) if one.row == row]
+        made = [record for record in here if isinstance(record, dict)]
+        if not made:
+            lines.append(f"{row:{width}} failed: {here[0]}")
+            continue
+        files = [recorded / one.file for one in runs if one.row == row] if recorded else []
+        there = [load_record(file) for file in files if file.exists()]
+        queries, seconds = (statistics.mean(record[key] for record in made) for key in ("queries", "seconds"))
+        weights = made[0]["trained_parameters"]
+        line = f"{row:{width}} {weights:>8,} {queries:>12,.0f} {seconds:>8.1f}  {_spread(made):<12}"
+        if there:
+            difference = 100 * (_mean(made) - _mean(there))
+            line += f"  {_spread(there):<12}  {difference:+.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _mean(records: list[dict]) -> float:
+    return statistics.mean(record["test_accuracy"] for record in records)
+
+
+def _spread(records: list[dict]) -> str:
+    """Mean ± standard deviation of the test accuracy, in per cent."""
+    text = f"{100 * _mean(records):.2f}"
+    if len(records) > 1:
+        text += f" ± {100 * statistics.stdev(record['test_accuracy'] for record in records):.2f}"
+    return text
+
+
+def _outcome(result: dict | str) -> str:
+    if isinstance(result, str):
+        return f"failed: {result}"
+    return f"test {result['test_accuracy']:.2%}, {result['queries']:,} queries, {result['seconds']:.1f} s"
+
+
+def _finished(one: Run, out: Path) -> dict | None:
+    path = out / one.file
+    if not path.exists():
+        return None
+    record = load_record(path)
+    if record["config_hash"] != one.config.hash():
+        raise ExperimentError(f"{path}: is a record of other values; move it, or choose another --out")
+    return record
+
+
+def _start(done) -> None:
+    """In a new process: one thread, and Ctrl-C is for the process that started this one."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    global _done
+    _done = done
+
+
+def _work(task: tuple) -> tuple[int, dict | str]:
+    k, one, out, root, device = task
+    path, epochs = out / one.file, one.config.training.epochs
+    seen = 0
+
+    def count(to: int) -> None:
+        nonlocal seen
+        with _done.get_lock():
+            _done.value += to - seen
+        seen = to
+
+    try:
+        options = {"resume": True, "quiet": True, "on_epoch": lambda point: count(point["epoch"])}
+        record = run(one.config, root=root, device=device, out=path, **options)
+        checkpoint_path(path).unlink(missing_ok=True)  # a table keeps records only
+    except (ExperimentError, DataError, OSError, FloatingPointError) as error:
+        record = str(error)
+    count(epochs)
+    return k, record
