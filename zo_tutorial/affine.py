@@ -98,18 +98,37 @@ class Core:
         _, m, n, s = cores[k].shape
         left, right = left[k][0], right[k][..., 0]  # (mL, nL, r), (s, mR, nR)
         self.run, self.factors = n * s, (left.shape[0], m, right.shape[1])
-        if self.run * left.shape[1] * right.shape[1] * z.shape[1] * z.element_size() > limit / 4:
+        # Which product with x comes first, and is held? In TTM mostly that with R; in TT that with L, where m is 1.
+        with_left, with_right = left.shape[0] * left.shape[2] * right.shape[2], left.shape[1] * s * right.shape[1]
+        self.left_first, held = with_left < with_right, min(with_left, with_right)
+        if held * n * z.shape[1] * z.element_size() > limit / 4:
             raise Unsuitable("the products of the cores with the input need too much memory")
         self.left = left.movedim(-1, 0).contiguous()  # (r, mL, nL)
         x = x.movedim(-1, 0).reshape(left.shape[1], n, right.shape[2], -1)  # (nL, n, nR, R)
-        # Σ over nR of R[s, mR, nR] x[nL, n, nR, :]
-        inner = (right.flatten(0, 1) @ x).unflatten(2, right.shape[:2])  # (nL, n, s, mR, R)
-        self.right = inner.movedim(0, 2).flatten(3).flatten(0, 1).contiguous()  # (n s, nL, mR R)
+        if self.left_first:
+            self.right = right  # (s, mR, nR)
+            # Σ over nL of L[r, mL, nL] x[nL, n, nR, :]
+            inner = self.left.flatten(0, 1) @ x.flatten(1)  # (r mL, n nR R)
+            inner = inner.view(len(self.left), left.shape[0], *x.shape[1:])  # (r, mL, n, nR, R)
+            self.inner = inner.movedim(2, 0).contiguous()  # (n, r, mL, nR, R)
+        else:
+            # Σ over nR of R[s, mR, nR] x[nL, n, nR, :]
+            inner = (right.flatten(0, 1) @ x).unflatten(2, right.shape[:2])  # (nL, n, s, mR, R)
+            self.inner = inner.movedim(0, 2).flatten(3).flatten(0, 1).contiguous()  # (n s, nL, mR R)
         self.bytes = z.shape[1] * left.shape[0] * right.shape[1] * z.element_size()
         self.all = None
         if len(self.left) * self.run * self.bytes <= limit / 4:
-            product = self.left.flatten(0, 1) @ self.right  # (n s, r mL, mR R)
-            self.all = product.reshape(len(self.left) * self.run, -1, z.shape[1])  # (n s r, mL mR, R)
+            self.all = self._form(torch.arange(len(self.left) * self.run, device=x.device))  # (n s r, mL mR, R)
+
+    def _form(self, at: Tensor) -> Tensor:
+        """The sensitivities at some places of their order (n, s, r): (K, mL mR, R)."""
+        ns, r = at // len(self.left), at % len(self.left)
+        if self.left_first:
+            n, s = ns // len(self.right), ns % len(self.right)
+            product = self.right[s].unsqueeze(1) @ self.inner[n, r]  # (K, mL, mR, R)
+        else:
+            product = self.left[r] @ self.inner[ns]  # (K, mL, mR R)
+        return product.reshape(len(at), self.factors[0] * self.factors[2], -1)
 
     def at(self, positions: Tensor) -> Tensor:
         """Which of the sensitivities, in the order (n, s, r), are those of these entries: (K,). None depends on m."""
@@ -118,9 +137,7 @@ class Core:
     def sensitivities(self, at: list[int]) -> Tensor:
         """J of entries that share their m, by what `at` finds: (K, mL mR, R)."""
         if self.all is None:
-            at = torch.tensor(at, device=self.left.device)
-            product = self.left[at % len(self.left)] @ self.right[at // len(self.left)]  # (K, mL, mR R)
-            return product.reshape(len(at), self.factors[0] * self.factors[2], -1)
+            return self._form(torch.tensor(at, device=self.left.device))
         if at == list(range(at[0], at[0] + len(at))):
             return self.all[at[0] : at[0] + len(at)]
         return self.all[at]

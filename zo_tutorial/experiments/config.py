@@ -359,7 +359,8 @@ def _check(values: dict, file: Path) -> Config:
 def explain(error: dict) -> str:
     """One error of pydantic as "key: what is wrong and what is allowed"."""
     where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
-    if len(where) > 1 and Config.model_fields[where[0]].discriminator:
+    group = Config.model_fields.get(where[0])
+    if len(where) > 1 and group and group.discriminator:
         del where[1]  # the name by which pydantic chose among several groups
     match error["type"]:
         case "unknown_key":

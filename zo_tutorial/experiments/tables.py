@@ -7,7 +7,9 @@ of its own, with a record of its own.
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -197,9 +199,8 @@ def _finished(one: Run, out: Path) -> dict | None:
 
 def _start(done) -> None:
     """In a new process: one thread, and Ctrl-C is for the process that started this one."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would outlive one that is ended
     torch.set_num_threads(1)
     global _done
     _done = done

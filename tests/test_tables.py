@@ -1,0 +1,176 @@
+"""Tables of runs: what they hold, that they go on where they stopped, and that no failure is hidden."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from zo_tutorial.__main__ import main
+from zo_tutorial.experiments import ExperimentError, load_table, reproduce, run, tables
+
+SMALL = {
+    "seeds": [0, 1],
+    "set": {"data.source": "embedded", "training.epochs": 1, "training.max_steps": 3},
+    "rows": [
+        {"config": "MNIST/FC/FO", "vary": {"pruning.target_ratio": [0.5, 0.99]}},
+        {"config": "MNIST/TTM/SGD", "name": "SGD, few", "set": {"optimizer.n_sample": 2}, "seeds": [3]},
+    ],
+}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table "small" in place of the package's; the argument changes it."""
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def write(**changes):
+        (tmp_path / "small.yml").write_text(yaml.safe_dump(SMALL | changes))
+        return load_table("small")
+
+    return write
+
+
+@pytest.mark.parametrize("name", tables.table_names())
+def test_every_table_of_the_package_is_valid_and_each_run_has_a_record_of_its_own(name):
+    runs = load_table(name)
+    assert len({one.file for one in runs}) == len({one.config.hash() for one in runs}) == len(runs)
+    assert all(one.config.data.source == "embedded" for one in load_table(name, quick=True))
+
+
+def test_rows_seeds_and_choices(table):
+    runs = table()
+    assert [one.file for one in runs] == [
+        "MNIST_FC_FO_0.5_s0.json",
+        "MNIST_FC_FO_0.5_s1.json",
+        "MNIST_FC_FO_0.99_s0.json",
+        "MNIST_FC_FO_0.99_s1.json",
+        "SGD,_few_s3.json",
+    ]
+    assert runs[2].config.pruning.target_ratio == 0.99 and runs[4].config.optimizer.n_sample == 2
+    assert [one.row for one in load_table("small", only="few")] == ["SGD, few"]
+    assert len(load_table("small", quick=True)) == 3
+
+
+def test_a_table_is_made_as_single_runs_make_it_and_is_not_made_twice(table, tmp_path):
+    runs = table()
+    records = reproduce(runs, tmp_path / "out", jobs=2)
+    for one, record in zip(runs, records, strict=True):
+        alone = run(one.config, quiet=True)
+        assert record["test_accuracy"] == alone["test_accuracy"]
+        assert record["curve"][0]["loss"] == alone["curve"][0]["loss"]
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {one.file for one in runs}  # no checkpoint is left
+    assert reproduce(runs, tmp_path / "out") == records
+    assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_run_that_was_cut_off_goes_on(table, tmp_path):
+    one = table(rows=[SMALL["rows"][1]], set={"data.source": "embedded", "training.epochs": 3})[0]
+
+    class Killed(Exception):
+        pass
+
+    def kill(point):
+        raise Killed
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(Killed):
+        run(one.config, out=out / one.file, quiet=True, on_epoch=kill)
+    (record,) = reproduce([one], out)
+    whole = run(one.config, quiet=True)
+    assert [point["loss"] for point in record["curve"]] == [point["loss"] for point in whole["curve"]]
+
+
+def test_a_failure_is_told_and_the_other_runs_are_made(table, tmp_path, capsys):
+    table(rows=[{"config": "MNIST/FC/SGD", "vary": {"optimizer.lr": [1e-3, 1e30]}, "seeds": [0]}])
+    assert main(["reproduce", "small", "--jobs", "1"]) == 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[-2].startswith("MNIST/FC/SGD 1e+30") and "failed: " in lines[-2]
+    assert lines[-3].startswith("MNIST/FC/SGD 0.001") and "failed" not in lines[-3]
+    assert err.splitlines()[-1] == "python -m zo_tutorial: error: 1 of 2 runs failed"
+    assert [path.name for path in (tmp_path / "reproduced/small").glob("*.json")] == ["MNIST_FC_SGD_0.001_s0.json"]
+
+
+def test_a_record_of_other_values_is_never_taken_for_the_tables_own(table, tmp_path):
+    runs = table()[:1]
+    reproduce(runs, tmp_path / "out")
+    changed = table(set=SMALL["set"] | {"optimizer.lr": 0.5})[:1]
+    with pytest.raises(ExperimentError, match="other values"):
+        reproduce(changed, tmp_path / "out")
+
+
+def test_the_comparison_with_recorded_runs(table, tmp_path):
+    runs = table()[:2]
+    records = reproduce(runs, tmp_path)
+    for record, accuracy in zip(records, (0.25, 0.75), strict=True):
+        record["test_accuracy"] = accuracy
+    for one, record in zip(runs, records, strict=True):
+        (tmp_path / one.file).write_text(json.dumps(record | {"test_accuracy": 0.375}))
+    row = tables.comparison(runs, records, tmp_path).splitlines()[1]
+    assert "50.00 ± 35.36" in row and "37.50 ± 0.00" in row and row.endswith("+12.50")
+    assert tables.comparison(runs, records).splitlines()[1].rstrip().endswith("50.00 ± 35.36")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rows": [{"config": "MNIST/none"}]}, "no such file"),
+        ({"rows": [{"config": "MNIST/FC/FO", "set": {"optimizer.speed": 1}}]}, "optimizer.speed: unknown key"),
+        ({"rows": [{"konfig": "MNIST/FC/FO"}]}, "rows.0.konfig: unknown key"),
+        ({"seeds": "0"}, "seeds: should be a valid list"),
+    ],
+)
+def test_a_bad_table_is_one_line(table, changes, message):
+    with pytest.raises(ExperimentError, match=message):
+        table(**changes)
+
+
+def test_what_reproduce_says_of_bad_arguments(table, capsys):
+    table()
+    for arguments, message in {
+        (): "reproduce needs a table: small",
+        ("small", "--only", "none"): "no row's name contains 'none'",
+        ("small", "--jobs", "0"): "--jobs 0: should be at least 1",
+    }.items():
+        assert main(["reproduce", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["reproduce", "small", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "MNIST/FC/FO 0.5, seed 0"
+
+
+# The command, with the interrupt of the terminal on, whatever the parent of the test has done with it.
+COMMAND = """
+import signal, sys
+from zo_tutorial.__main__ import main
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    command = [sys.executable, script, "reproduce", "pruning", "--quick", "--only", "0.99", "--jobs", "1"]
+    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **options)
+    folder, deadline = tmp_path / "reproduced/pruning_quick", time.monotonic() + 120
+    while not list(folder.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1].endswith("interrupted; the same command goes on where it stopped")
+    kept = {path.name for path in folder.glob("*.json")}
+    again = subprocess.run(command, capture_output=True, **options)
+    assert again.returncode == 0, again.stderr
+    made = {line.split(":")[0] for line in again.stdout.splitlines() if line.split(":")[0].endswith(".json")}
+    assert kept and kept.isdisjoint(made) and len(kept | made) == 10
