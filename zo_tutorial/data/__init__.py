@@ -1,4 +1,5 @@
-"""The data sets of the book, each in full or in a small form that needs no network: see `zo_tutorial.data.mnist`."""
+"""The data sets of the book, each in full or in a small form that needs no network: see `zo_tutorial.data.mnist`
+and `zo_tutorial.data.atis`."""
 
 
 class DataError(ValueError):
