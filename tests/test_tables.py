@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from zo_tutorial.__main__ import main
-from zo_tutorial.experiments import ExperimentError, load_table, reproduce, run, tables
+from zo_tutorial.experiments import ExperimentError, load_record, load_table, reproduce, run, tables
 
 SMALL = {
     "seeds": [0, 1],
@@ -41,6 +41,13 @@ def test_every_table_of_the_package_is_valid_and_each_run_has_a_record_of_its_ow
     runs = load_table(name)
     assert len({one.file for one in runs}) == len({one.config.hash() for one in runs}) == len(runs)
     assert all(one.config.data.source == "embedded" for one in load_table(name, quick=True))
+
+
+@pytest.mark.parametrize("name", [name for name in tables.table_names() if (tables.RECORDED / name).is_dir()])
+def test_the_recorded_runs_are_those_of_the_table(name):
+    runs = load_table(name)
+    recorded = {path.name: load_record(path)["config_hash"] for path in (tables.RECORDED / name).iterdir()}
+    assert recorded == {one.file: one.config.hash() for one in runs}
 
 
 def test_rows_seeds_and_choices(table):
