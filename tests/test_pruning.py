@@ -27,9 +27,7 @@ def brute_force(net, temperature):
     sizes = [w.numel() for w in weights.values()]
 
     def loss(flat):
-        pieces = {
-            name: piece.view_as(w) for (name, w), piece in zip(weights.items(), flat.split(sizes), strict=True)
-        }
+        pieces = {name: piece.view_as(w) for (name, w), piece in zip(weights.items(), flat.split(sizes), strict=True)}
         return cross_entropy(functional_call(net, pieces, x) / temperature, y)
 
     theta = torch.cat([w.flatten() for w in weights.values()])
@@ -57,6 +55,57 @@ def test_its_sign_shrinking_a_weight_of_large_score_raises_the_gradient_norm():
         smaller[i] *= 1 - shrink
         change = torch.autograd.functional.jacobian(loss, smaller).square().sum() - g.square().sum()
         assert (change / shrink / 2).item() == pytest.approx(flat[i].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 200.0])
+def test_scores_from_losses_are_those_of_autograd(kind, temperature):
+    net = make_net(kind, dropout=0.0).eval()  # its layers are smooth
+    x, y = batch(6)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    exact = pruning.grasp_scores(net, cross_entropy, x, y, temperature)
+    scores, queries = pruning.grasp_scores_from_losses(net, cross_entropy, x, y, 1e-3, temperature=temperature)
+    assert queries == 4 * sum(score.numel() for score in exact.values()) + 3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    largest = max(score.abs().max() for score in exact.values()).item()
+    for name, score in exact.items():
+        torch.testing.assert_close(scores[name], score, rtol=0, atol=1e-5 * largest)
+
+
+def test_the_error_of_scores_from_losses_falls_with_the_square_of_h():
+    net = tiny()
+    exact = pruning.grasp_scores(net, cross_entropy, *batch(), 1.0)
+    error = {}
+    for h in (0.1, 0.05):
+        scores, _ = pruning.grasp_scores_from_losses(net, cross_entropy, *batch(), h, "loop", 1.0)
+        error[h] = sum((scores[name] - exact[name]).square().sum() for name in exact).sqrt()
+    assert error[0.1] / error[0.05] == pytest.approx(4, rel=0.1)
+
+
+def test_all_ways_of_querying_give_the_same_scores():
+    net = tiny()
+    answers = [
+        pruning.grasp_scores_from_losses(net, cross_entropy, *batch(), 1e-2, mode)
+        for mode in ("loop", "batched", "structured")
+    ]
+    for scores, queries in answers[1:]:
+        assert queries == answers[0][1] == 4 * 24 + 3
+        for name, score in scores.items():
+            torch.testing.assert_close(score, answers[0][0][name], rtol=1e-6, atol=1e-12)
+
+
+def test_queries_that_fail_leave_the_weights_where_they_were():
+    net, asked = tiny(), []
+    before = net[0].weight.detach().clone()
+
+    def failing(outputs, y):
+        asked.append(1)
+        return cross_entropy(outputs, y) if len(asked) < 60 else outputs.sum() * float("nan")
+
+    with pytest.raises(FloatingPointError):
+        pruning.grasp_scores_from_losses(net, failing, *batch(), 1e-2, "loop")
+    assert torch.equal(net[0].weight, before)
+    with pytest.raises(ValueError, match="h must be above 0"):
+        pruning.grasp_scores_from_losses(net, cross_entropy, *batch(), 0)
 
 
 def test_the_largest_scores_go_under_one_threshold():

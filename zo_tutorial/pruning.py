@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from zo_tutorial.estimators import finite_difference
+from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import select_parameters
 
 
@@ -42,6 +44,72 @@ def grasp_scores(
     product = sum((gradient * gradient.detach()).sum() for gradient in g)
     hg = torch.autograd.grad(product, theta.values())
     return {name: -weight.detach() * h for (name, weight), h in zip(theta.items(), hg, strict=True)}
+
+
+def grasp_scores_from_losses(
+    model: nn.Module,
+    criterion: Callable,
+    inputs,
+    targets,
+    h: float,
+    query_mode: str = "auto",
+    temperature: float = 200.0,
+) -> tuple[dict[str, Tensor], int]:
+    """The scores of `grasp_scores` from loss queries alone: 4d + 3 for d prunable weights. Chapter 5 derives the plan.
+
+    2d losses L(θ ± h e_i) and L(θ) give g by two-sided differences, so v = g / ‖g‖. From L(θ ± h v) and 2d more,
+
+        (Hv)_i ≈ [L(θ+hv+he_i) + L(θ−hv−he_i) − L(θ+he_i) − L(θ−he_i) − L(θ+hv) − L(θ−hv) + 2 L(θ)] / 2h².
+
+    Both err by O(h²) on a smooth loss. Rounding errs by about ε L / h² in (Hv)_i, itself of order 1 / temperature. At a
+    high temperature use double precision, with h near 1e-3; in single precision ask for a loss that is linear in the
+    outputs in place of the temperature, with an h of a few hundredths. Where a unit of ReLU bends between the points,
+    the difference sees the kink, which second derivatives do not: there h must be small, or the scores are others.
+
+    Args:
+        model: put back bit for bit, whatever happens.
+        criterion: a callable from (outputs, targets) to one number; nobody differentiates it.
+        inputs, targets: a class-balanced batch.
+        h: how far a query moves from θ, along a coordinate and along v.
+        query_mode: see `LossQueries`.
+        temperature: T, by which the outputs are divided.
+
+    Returns:
+        (scores, queries): {parameter name: tensor of its shape}, and how many losses were asked.
+
+    Raises:
+        ValueError: h not above 0, an unknown `query_mode`, or no supported layer.
+        FloatingPointError: a loss is NaN or infinite.
+    """
+    if not h > 0:
+        raise ValueError(f"h must be above 0, not {h}")
+    theta = _prunable(model)
+    queries = LossQueries(model, lambda outputs, y: criterion(outputs / temperature, y), theta, query_mode)
+
+    def losses(*shifts: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss where θ stands, and {name: (len(shifts), size)} with one coordinate shifted at a time."""
+        _, here = queries.start(inputs, targets, seed=0)
+        every = {name: torch.arange(w.numel(), device=w.device) for name, w in theta.items()}
+        return here, {name: queries.coordinates(name, index, shifts) for name, index in every.items()}
+
+    base, sides = losses(h, -h)  # 1 + 2d
+    g = {name: finite_difference(plus, minus, 2 * h) for name, (plus, minus) in sides.items()}
+    norm = torch.stack([slope.square().sum() for slope in g.values()]).sum().sqrt()
+    v = {name: (slope / norm.clamp_min(torch.finfo(norm.dtype).tiny)).view_as(theta[name]) for name, slope in g.items()}
+    before = {name: weight.detach().clone() for name, weight in theta.items()}
+    ends = []
+    try:
+        for shift in (h, -h):
+            _move(theta, before, v, shift)
+            ends.append(losses(shift))  # 1 + d
+    finally:
+        _move(theta, before, v, 0)
+    (ahead, plus), (behind, minus) = ends
+    scores = {}
+    for name, (plus_only, minus_only) in sides.items():
+        bend = plus[name][0] + minus[name][0] - plus_only - minus_only - ahead - behind + 2 * base  # (size,)
+        scores[name] = -before[name] * (norm * bend / (2 * h * h)).view_as(before[name])
+    return scores, queries.count
 
 
 def snip(model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float) -> dict[str, Tensor]:
@@ -98,6 +166,13 @@ def table(masks: dict[str, Tensor]) -> str:
 def _prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     trained, _ = select_parameters(model, [])
     return {name: parameter for name, parameter in trained.items() if name.rpartition(".")[2] != "bias"}
+
+
+@torch.no_grad()
+def _move(theta: dict[str, Tensor], start: dict[str, Tensor], direction: dict[str, Tensor], distance: float) -> None:
+    """Put the weights at start + distance · direction."""
+    for name, weight in theta.items():
+        weight.copy_(start[name] + distance * direction[name] if distance else start[name])
 
 
 def _loss_at_weights(model, criterion, inputs, targets, temperature: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
