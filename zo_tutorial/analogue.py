@@ -91,10 +91,11 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
     with ε, ε', δ standard normal, drawn once: the errors of manufacture of this chip.
 
     Args:
-        layer: the layer whose map the chip is set to. Without errors it computes exactly this map.
+        layer: the layer whose map the chip is set to. Without errors and rounding it computes this map.
         bits: of a phase, None for continuous phases.
-        offset, gain: standard deviation of the phases' offsets (radians), and of the relative errors.
-        crosstalk: share of a phase that each neighbour gets.
+        offset: standard deviation of the phases' offsets (radians).
+        gain: standard deviation of the relative errors of phases and of gains.
+        crosstalk: share of a phase that each neighbour in the row gets, also across two meshes.
         generator: where the errors are drawn from; None is torch's global generator.
     """
 
