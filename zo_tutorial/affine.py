@@ -118,7 +118,11 @@ class Core:
         self.bytes = z.shape[1] * left.shape[0] * right.shape[1] * z.element_size()
         self.all = None
         if len(self.left) * self.run * self.bytes <= limit / 4:
-            self.all = self._form(torch.arange(len(self.left) * self.run, device=x.device))  # (n s r, mL mR, R)
+            if self.left_first:
+                product = torch.einsum("smx,nrlxb->nsrlmb", self.right, self.inner)
+            else:
+                product = self.left.flatten(0, 1) @ self.inner  # (n s, r mL, mR R)
+            self.all = product.reshape(len(self.left) * self.run, -1, z.shape[1])  # (n s r, mL mR, R)
 
     def _form(self, at: Tensor) -> Tensor:
         """The sensitivities at some places of their order (n, s, r): (K, mL mR, R)."""

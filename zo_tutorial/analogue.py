@@ -82,7 +82,7 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
     """A photonic layer on a chip that does not quite do what it is told.
 
     Parameters are the commanded `phases` (radians) of all meshes of the layer, in one row, the commanded `gains`, and
-    the bias. The chip realises
+    the bias. The chip realises::
 
         q = step · round(phases / step), step = 2π / 2^bits       it can be set in steps only
         p = q + crosstalk · (q of the phase before + q of the one after)        a phase leaks into its neighbours

@@ -57,9 +57,10 @@ def grasp_scores_from_losses(
 ) -> tuple[dict[str, Tensor], int]:
     """The scores of `grasp_scores` from loss queries alone: 4d + 3 for d prunable weights. Chapter 5 derives the plan.
 
-    2d losses L(θ ± h e_i) and L(θ) give g by two-sided differences, so v = g / ‖g‖. From L(θ ± h v) and 2d more,
+    2d losses L(θ ± h e_i) and L(θ) give g by two-sided differences, so v = g / ‖g‖. From L(θ ± h v) and 2d more::
 
-        (Hv)_i ≈ [L(θ+hv+he_i) + L(θ−hv−he_i) − L(θ+he_i) − L(θ−he_i) − L(θ+hv) − L(θ−hv) + 2 L(θ)] / 2h².
+        (Hv)_i ≈ [L(θ+hv+he_i) + L(θ−hv−he_i) − L(θ+he_i) − L(θ−he_i)
+                  − L(θ+hv) − L(θ−hv) + 2 L(θ)] / 2h²
 
     Both err by O(h²) on a smooth loss. Rounding errs by about ε L / h² in (Hv)_i, itself of order 1 / temperature. At a
     high temperature use double precision, with h near 1e-3; in single precision ask for a loss that is linear in the

@@ -4,9 +4,9 @@
 `embedded`: 2,000 / 250 / 250 questions that a small grammar makes from a seed, in the same format, without a network.
 They are not ATIS and far easier, so `ATIS.source` calls them "synthetic".
 
-The data folder is that of `zo_tutorial.data.mnist`, laid out ROOT/atis/{train,dev,test}/{seq.in,seq.out,label}: one
-sentence a line, its words, their tags in the BIO scheme, its intent. The files hold numbers as they were said. A word
-of digits only is read as "0", because most numbers of the test set do not occur in training.
+The data folder is that of `zo_tutorial.data.mnist`. It holds atis/train, atis/dev and atis/test, in each seq.in,
+seq.out and label: one sentence a line, its words, their tags in the BIO scheme, its intent. The files hold numbers as
+they were said. A word of digits only is read as "0", because most numbers of the test set do not occur in training.
 
 Full data have 21 intents and 120 slot tags in the training set, 22 and 121 with UNK, and 722 words, 725 with the three
 special ones. Of the test set's 9,164 words 53 are unknown, of its tags 6, of its intents 5: those cannot be got right.

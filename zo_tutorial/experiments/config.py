@@ -257,7 +257,7 @@ def load_config(path: str | Path, overrides: dict | None = None, quick: bool = F
         ExperimentError: in one line that names file, key and what is allowed.
     """
     file = _find(path)
-    values = read_yaml(file)
+    values = read_yaml(file, Config)
     for key, value in (overrides or {}).items():
         _set(values, key, value, file)
     config = _check(values, file)
@@ -324,14 +324,14 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-def read_yaml(file: Path) -> dict:
-    """The groups of a YAML file. Raises ExperimentError."""
+def read_yaml(file: Path, kind: type[Group]) -> dict:
+    """The values of a YAML file that should hold a group of this kind. Raises ExperimentError."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
         raise ExperimentError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ExperimentError(f"{file}: should hold groups of keys")
+        raise ExperimentError(f"{file}: should hold the groups {_keys(kind)}")
     return values
 
 
@@ -359,8 +359,8 @@ def _check(values: dict, file: Path) -> Config:
 def explain(error: dict) -> str:
     """One error of pydantic as "key: what is wrong and what is allowed"."""
     where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
-    group = Config.model_fields.get(where[0])
-    if len(where) > 1 and group and group.discriminator:
+    group = Config.model_fields.get(where[0]) if len(where) > 1 else None
+    if group and group.discriminator:
         del where[1]  # the name by which pydantic chose among several groups
     match error["type"]:
         case "unknown_key":

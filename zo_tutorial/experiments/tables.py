@@ -80,7 +80,7 @@ def load_table(name: str, quick: bool = False, only: str = "") -> list[Run]:
         raise ExperimentError(f"{name}: no such table; choose from {', '.join(table_names())}")
     file = TABLES / f"{name}.yml"
     try:
-        table = Table.model_validate(read_yaml(file))
+        table = Table.model_validate(read_yaml(file, Table))
     except ValidationError as error:
         raise ExperimentError(f"{file}: {explain(error.errors()[0])}") from error
     runs = []
