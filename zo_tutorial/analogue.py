@@ -130,7 +130,7 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
 
     @classmethod
     def from_linear(cls, *args, **options) -> "AnalogueLinear":
-        """An ideal chip set to `TensorizedLinear_module_tonn.from_linear(...)`."""
+        """An ideal chip, set to the layer that `from_linear` of the parent class finds."""
         return cls(TensorizedLinear_module_tonn.from_linear(*args, **options))
 
     def realised(self) -> tuple[Tensor, Tensor]:
