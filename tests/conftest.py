@@ -1,6 +1,7 @@
-"""Small nets of every supported layer type, in float64, for the contract suites."""
+"""Small nets of every supported layer type, in float64, for the contract suites; and a machine without network."""
 
 import os
+import socket
 
 import pytest
 import torch
@@ -44,3 +45,17 @@ def batch() -> tuple:
     """Inputs (8, 6) and classes (8,)."""
     generator = torch.Generator().manual_seed(2)
     return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.randint(3, (8,), generator=generator)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No data folder but the ones that a test names, and no network: the proxy is a closed port of this machine."""
+    monkeypatch.delenv("ZO_TUTORIAL_DATA", raising=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.upper(), proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)

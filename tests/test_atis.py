@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import socket
 
 import pytest
 import torch
@@ -34,20 +33,6 @@ def files(tmp_path):
         for name, lines in zip(("seq.in", "seq.out", "label"), zip(*sentences, strict=True), strict=True):
             (tmp_path / "atis" / part / name).write_text("\n".join(lines) + "\n")
     return tmp_path / "atis"
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """No data folder but the ones that a test names, and no network: the proxy is a closed port of this machine."""
-    monkeypatch.delenv("ZO_TUTORIAL_DATA", raising=False)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, proxy)
-        monkeypatch.setenv(name.upper(), proxy)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

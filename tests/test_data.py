@@ -34,20 +34,6 @@ def raw(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "MNIST" / "raw")
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No data folder but the ones that a test names, and no network: the proxy is a closed port of this machine."""
-    monkeypatch.delenv("ZO_TUTORIAL_DATA", raising=False)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, proxy)
-        monkeypatch.setenv(name.upper(), proxy)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def test_embedded_sizes_classes_and_normalisation():
     data = mnist.load("embedded", seed=3)
     assert data.source == "embedded"

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from zo_tutorial.tensor import TensorizedLinear_module_tonn
-from zo_tutorial.tensor.formats import ttm_in_turn
 
 
 @lru_cache
@@ -153,10 +152,6 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
 
     def tensor_cores(self) -> list[Tensor]:
         return [matrix.reshape(shape) for matrix, shape in zip(self.matrices(), self.core_shapes, strict=True)]
-
-    def contract(self, x: Tensor) -> Tensor:
-        shapes = self._matrix_core_shapes()
-        return ttm_in_turn(x, [matrix.reshape(shape) for matrix, shape in zip(self.matrices(), shapes, strict=True)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b with the realised W: the same map as `contract`, and quicker to simulate.

@@ -223,7 +223,7 @@ class TensorizedLinear_module_tonn(TensorizedLinear_module):
 
     def contract(self, x: Tensor) -> Tensor:
         shapes = self._matrix_core_shapes()
-        return ttm_in_turn(x, [core.reshape(shape) for core, shape in zip(self.cores, shapes, strict=True)])
+        return ttm_in_turn(x, [core.reshape(shape) for core, shape in zip(self.tensor_cores(), shapes, strict=True)])
 
     def contract_flops(self, rows: int) -> int:
         return ttm_in_turn_flops(rows, self._matrix_core_shapes())
