@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "sgd orthogonal": (ZO_SGD_mask, SGD | dict(directions="orthogonal")),
     "signSGD": (ZO_SGD_mask, SGD | dict(signSGD=True)),
     "sgd layer by layer": (ZO_SGD_mask, SGD | dict(layer_by_layer=True)),
+    "sgd adam": (ZO_SGD_mask, SGD | dict(adam=True)),
     "esti": (ZO_SCD_mask, ESTI),
     "esti one-sided": (ZO_SCD_mask, ESTI | dict(STP=False)),
     "esti momentum decay": (ZO_SCD_mask, ESTI | dict(momentum=0.9, dampening=0.1, weight_decay=0.1)),

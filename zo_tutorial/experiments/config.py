@@ -140,6 +140,10 @@ class SGD(Group):
     opt_layers_strs: LayerTypes = []
     two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
     directions: Literal[DIRECTIONS] = Field("gaussian", description="distribution of the directions")
+    adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
+    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
+    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
+    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
     query_mode: QueryMode = "auto"
 
 

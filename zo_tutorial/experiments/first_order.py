@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
 
 
 class FirstOrder(ZerothOrderOptimizer):
@@ -35,15 +35,8 @@ class FirstOrder(ZerothOrderOptimizer):
         *,
         generator: torch.Generator,
     ):
-        if adam and (momentum or dampening):
-            raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
         self.model, self.criterion = model, criterion
-
-        def rule(parameters):
-            if adam:
-                return torch.optim.Adam(parameters, lr, betas=(beta_1, beta_2), eps=eps, weight_decay=weight_decay)
-            return torch.optim.SGD(parameters, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-
+        rule = torch_rule(lr, adam, beta_1, beta_2, eps, momentum, weight_decay, dampening)
         super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, "loop")
 
     def step(self, inputs, targets) -> tuple:

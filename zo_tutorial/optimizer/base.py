@@ -92,3 +92,26 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.generator.set_state(state_dict["generator"].cpu())
         self.loss_queries.count = state_dict["queries"]
         self.loss_queries.steps = state_dict["steps"]
+
+
+def torch_rule(
+    lr: float,
+    adam: bool,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    momentum: float = 0,
+    weight_decay: float = 0,
+    dampening: float = 0,
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes torch.optim.Adam, or torch.optim.SGD, from the parameters to train.
+
+    Raises ValueError for adam with momentum or dampening.
+    """
+    if not adam:
+        options = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        return lambda parameters: torch.optim.SGD(parameters, lr, **options)
+    if momentum or dampening:
+        raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
+    options = {"betas": (beta_1, beta_2), "eps": eps, "weight_decay": weight_decay}
+    return lambda parameters: torch.optim.Adam(parameters, lr, **options)

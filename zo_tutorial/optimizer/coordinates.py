@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.estimators import finite_difference, three_point_sign, two_point_sign
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
 
 GRAD_ESTIMATORS = ("sign", "batch", "esti")
 
@@ -81,16 +81,10 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
             raise ValueError(f"h_smooth must be above 0, not {h_smooth}")
         if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam):
             raise ValueError("grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening or adam")
-        if adam and (momentum or dampening):
-            raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
         self.grad_estimator, self.STP = grad_estimator, STP
 
-        def rule(parameters):
-            if adam:
-                return torch.optim.Adam(parameters, lr, betas=(beta_1, beta_2), eps=eps, weight_decay=weight_decay)
-            return torch.optim.SGD(parameters, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-
+        rule = torch_rule(lr, adam, beta_1, beta_2, eps, momentum, weight_decay, dampening)
         super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
 
     def step(self, inputs, targets) -> tuple:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.estimators import DIRECTIONS, from_directions, random_directions
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
 
 
 class ZO_SGD_mask(ZerothOrderOptimizer):
@@ -31,6 +31,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
             TensorizedLinear_module, TensorizedLinear_module_tonn. None named: all of these.
         two_sided: difference of θ+σu and θ−σu, else of θ+σu and θ.
         directions: "gaussian", "rademacher" or "orthogonal".
+        adam: use torch.optim.Adam, with `beta_1`, `beta_2`, `eps`, instead of torch.optim.SGD.
         generator: source of all randomness of a step, dropout included; seeded from torch's global one by default.
         query_mode, memory: how losses are evaluated, and in how many MB; see `LossQueries`.
 
@@ -59,6 +60,10 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         *,
         two_sided: bool = True,
         directions: str = "gaussian",
+        adam: bool = False,
+        beta_1: float = 0.9,
+        beta_2: float = 0.98,
+        eps: float = 1e-06,
         generator: torch.Generator | None = None,
         query_mode: str = "auto",
         memory: float = 512,
@@ -71,7 +76,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
             raise ValueError(f"directions {directions!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
         self.sigma, self.n_sample, self.signSGD = sigma, n_sample, signSGD
         self.two_sided, self.directions, self.layer_by_layer = two_sided, directions, layer_by_layer
-        rule = lambda parameters: torch.optim.SGD(parameters, lr=lr)  # noqa: E731
+        rule = torch_rule(lr, adam, beta_1, beta_2, eps)
         super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
 
     def step(self, inputs, targets) -> tuple:
