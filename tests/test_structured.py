@@ -13,6 +13,7 @@ from torch import nn
 from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import select_parameters
+from zo_tutorial.structured import ConvolutionHead
 
 
 class Residual(nn.Module):
@@ -83,6 +84,10 @@ MODELS = {
     ),
     "convolutions": lambda: sequential(
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 2, groups=2), nn.Flatten()
+    ),
+    "CNN": lambda: sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(),
+        nn.Conv2d(3, 4, 2, stride=2, padding=1, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 3),
     ),
     "channels last": lambda: sequential(
         nn.Unflatten(1, (3, 2, 1)), nn.Conv2d(3, 4, (2, 1)).to(memory_format=torch.channels_last), nn.Flatten()
@@ -166,6 +171,16 @@ def test_losses_of_the_models_of_the_book(model, dtype):
     assert ("coordinates", "structured") in ways and len(ways) == 2
 
 
+def test_a_changed_channel_meets_one_channel_of_the_next_layer():
+    torch.manual_seed(0)
+    model = MNIST_CNN((2, 3, 4))
+    queries, _ = pair(model, "structured")
+    queries.start(torch.randn(8, 784), torch.randint(10, (8,)), seed=0)
+    for name in ("conv1.weight", "conv2.bias", "conv3.weight"):
+        queries.coordinates(name, torch.arange(2), [0.1])
+        assert isinstance(queries.tape.behind[model.get_submodule(name[:5])].head, ConvolutionHead)
+
+
 def test_many_inputs_and_outputs_and_a_criterion_of_ones_own(batch):
     torch.manual_seed(0)
     inputs = batch[0], torch.tensor(1.5, dtype=torch.float64)
@@ -216,7 +231,10 @@ def test_differences_keep_their_digits(batch):
 # ---- moves
 
 
-@pytest.mark.parametrize("name", ["dense", "in place", "one layer", "tensor head", "deep", "residual", "convolutions"])
+DESCENDED = ["dense", "in place", "one layer", "tensor head", "deep", "residual", "convolutions", "CNN"]
+
+
+@pytest.mark.parametrize("name", DESCENDED)
 @pytest.mark.parametrize("three_points", [True, False])
 @pytest.mark.parametrize("mode", ["batched", "structured", "auto"])
 def test_descent_takes_the_path_of_the_loop(name, three_points, mode, batch):
