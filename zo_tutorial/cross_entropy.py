@@ -16,11 +16,13 @@ from math import exp, factorial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_tutorial.tape import Call, Tape
 
 DEFAULTS = {name: parameter.default for name, parameter in signature(F.cross_entropy).parameters.items()}
+RESHAPE = {torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view}
+ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 ORDERS = 6  # the most moments for which the series is cheaper than the outputs themselves
 
 
@@ -28,11 +30,12 @@ class CrossEntropy:
     """The mean cross-entropy with classes `targets` (B,).
 
     Attributes:
+        rows: which rows of the layer's outputs these are; None: all.
         stable: whether to guard against the overflow of exp; needed where an output grows by some 80.
     """
 
-    def __init__(self, targets: Tensor):
-        self.targets, self.stable = targets, False
+    def __init__(self, targets: Tensor, rows: Tensor | None):
+        self.targets, self.rows, self.stable = targets, rows, False
         # the places of o_yb in the flattened outputs (C, B)
         self.chosen = targets * len(targets) + torch.arange(len(targets), device=targets.device)
 
@@ -86,14 +89,29 @@ def _order(x: float, eps: float) -> int | None:
     return None
 
 
-def cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> Tensor | None:
-    """The classes (B,), if `calls` is nothing but the mean cross-entropy of the outputs (B, C) of `call`, else None."""
-    if len(calls) != 1 or calls[0].function is not F.cross_entropy or calls[0].results[0] is not tape.loss:
+def cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> tuple[Tensor, Tensor | None] | None:
+    """The classes (B,) and the rows they are of, if `calls` is nothing but the mean cross-entropy of a layer's outputs.
+
+    The outputs of `call` are (B, C), or are made (B, C) first; terms that do not depend on them may be added. The rows
+    are those whose class is not to be ignored, None for all.
+    """
+    outputs, calls = call.results[0], list(calls)
+    size = outputs.shape[-1:]  # the units of all layers but one
+    if isinstance(call.layer, nn.Conv2d):
         return None
+    while calls and calls[0].function in RESHAPE and calls[0].args[0] is outputs:
+        outputs = calls.pop(0).results[0]
+    if not calls or calls[0].function is not F.cross_entropy or outputs.dim() != 2 or outputs.shape[1:] != size:
+        return None
+    loss = calls[0].results[0]
+    for term in calls[1:]:
+        if term.function not in ADD or term.kwargs or sum(tensor is loss for tensor in term.tensors) != 1:
+            return None
+        loss = term.results[0]
     options = dict(zip(DEFAULTS, calls[0].args, strict=False)) | calls[0].kwargs
-    outputs, targets = options.pop("input"), options.pop("target")
+    given, targets = options.pop("input"), options.pop("target")
     plain = all(value is None or value == DEFAULTS[name] for name, value in options.items())
-    classes = outputs is call.results[0] and outputs.dim() == 2 and targets.shape == outputs.shape[:1]
-    if not (plain and classes) or (targets == DEFAULTS["ignore_index"]).any():
+    if loss is not tape.loss or not plain or given is not outputs or targets.shape != outputs.shape[:1]:
         return None
-    return targets
+    rows = (targets != DEFAULTS["ignore_index"]).nonzero().flatten()
+    return (targets, None) if len(rows) == len(targets) else (targets[rows], rows)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.affine import TENSOR_LAYERS, Units, matrix, products, response, slice_of, units_back, units_first
-from zo_tutorial.cross_entropy import CrossEntropy, Series, cross_entropy_targets
+from zo_tutorial.cross_entropy import RESHAPE, CrossEntropy, Series, cross_entropy_targets
 from zo_tutorial.tape import AT_ONCE, Call, Tape, Unsuitable, bytes_of
 
 RELU = {F.relu, torch.relu, Tensor.relu}
@@ -39,7 +39,6 @@ ELEMENTWISE = RELU | {
     torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
     F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
 }  # fmt: skip
-FLATTEN = {torch.flatten, Tensor.flatten, Tensor.reshape, Tensor.view}
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
 
 
@@ -56,7 +55,7 @@ class Tail:
     def __init__(self, tape: Tape, call: Call):
         self.tape, self.call, self.calls = tape, call, tape.after(call)
         targets = cross_entropy_targets(tape, call, self.calls)
-        self.cross_entropy = None if targets is None else CrossEntropy(targets)
+        self.cross_entropy = None if targets is None else CrossEntropy(*targets)
         # of one point: the results of all calls and as much again for what they need beside them
         self.bytes = 4 * bytes_of(call.results) + 2 * sum(c.bytes for c in self.calls)
 
@@ -153,7 +152,9 @@ class ConvolutionHead(Head):
     def __init__(self, tape: Tape, call: Call):
         if not isinstance(call.layer, nn.Conv2d) or call.results[0].dim() != 4:
             raise Unsuitable
-        layer = self._follow(tape, call, Tail(tape, call), FLATTEN)
+        layer = self._follow(tape, call, Tail(tape, call), RESHAPE)
+        if self.tail.cross_entropy is not None and self.tail.cross_entropy.rows is not None:
+            raise Unsuitable
         _, channels, *self.size = call.results[0].shape
         self.weight, self.bias, self.options = None, layer.bias, {}
         if isinstance(layer, nn.Conv2d):
@@ -234,6 +235,10 @@ class Behind:
             return
         self.tail = self.head.tail
         self.bytes = self.tail.bytes
+        if self.tail.cross_entropy is not None and self.tail.cross_entropy.rows is not None:
+            # each row of x makes the same row of the outputs, and some do not count
+            rows = self.tail.cross_entropy.rows
+            self.x, self.z = self.x.flatten(0, -2)[rows], self.z[:, rows]
         self.a = self.head.activate(self.z.clone())
         self.o = self.head.outputs(self.a)
         if self.tail.cross_entropy is not None:
