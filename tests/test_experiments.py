@@ -80,7 +80,7 @@ def test_configs_are_what_their_names_say():
         assert [(optimizer.grad_estimator, optimizer.STP) for optimizer in optimizers] == [
             ("sign", False),
             ("sign", True),
-            ("batch", False),
+            ("batch", True),
             ("esti", True),
         ]
         assert load_config(f"MNIST/{net}/mix").optimizer.name == "mix"

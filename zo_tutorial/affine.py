@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.tape import Unsuitable
-from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
+from zo_tutorial.tape import TENSOR_LAYERS, Unsuitable
 
-TENSOR_LAYERS = (TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn)
 FORWARDS = {layer.forward for layer in (nn.Linear, nn.Conv2d, *TENSOR_LAYERS)}
 
 

@@ -57,7 +57,7 @@ class Tail:
         targets = cross_entropy_targets(tape, call, self.calls)
         self.cross_entropy = None if targets is None else CrossEntropy(*targets)
         # of one point: the results of all calls and as much again for what they need beside them
-        self.bytes = 4 * bytes_of(call.results) + 2 * sum(c.bytes for c in self.calls)
+        self.bytes = 4 * bytes_of(call.results) + 2 * sum(bytes_of(c.results) for c in self.calls)
 
     def losses(self, z: Tensor) -> Tensor:
         """(K,) losses for K outputs z (K, units, R)."""
@@ -267,10 +267,10 @@ class Site:
         self.response = response(layer, name, behind.x, self.z, limit, behind.products)
         self.parameter = layer.get_parameter(name)
         points = limit / 2 / (behind.bytes + 4 * self.response.bytes)
-        points = min(points, 2 * AT_ONCE / behind.bytes if self.head is None else CACHE / self.response.bytes)
         if points < 2:
             raise Unsuitable("the memory does not suffice for two points")
-        self.points = int(points)  # to handle at once
+        quick = 2 * AT_ONCE / behind.bytes if self.head is None else CACHE / self.response.bytes
+        self.points = int(min(points, max(2, quick)))  # to handle at once
 
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""

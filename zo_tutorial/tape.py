@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
+
+TENSOR_LAYERS = (TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn)
 # Calls that return no tensor and yet say nothing about values.
 FACTS = {"dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__"}
 ARGUMENTS = {function: list(signature(function).parameters) for function in (F.dropout, F.batch_norm)}
@@ -48,6 +51,7 @@ class Call:
         self.tensors = list(tensors_in((args, kwargs)))
         self.versions = [tensor._version for tensor in self.tensors]
         self.random_state, self.bytes = random_state, 0
+        self.matrix: Tensor | None = None  # of a tensor layer, once it is asked for
 
     def close(self, result: Any, random_state: list[Tensor] | None) -> None:
         """Note the result, and the random state after the call."""
@@ -78,6 +82,11 @@ class Call:
         args, kwargs = _replace(self.args, values), _replace(self.kwargs, values)
         if parameters and self.layer in parameters:
             return functional_call(self.layer, parameters[self.layer], args, kwargs)
+        if isinstance(self.layer, TENSOR_LAYERS):
+            # for many inputs: the matrix is formed once, and one long product is quicker than several short ones
+            if self.matrix is None:
+                self.matrix = self.layer.to_matrix()
+            return F.linear(*args, self.matrix, self.layer.bias)
         if self.function is F.dropout:
             return self.with_input(values[id(self.named()["input"])])
         if self.function is F.batch_norm and self.named()["training"]:
