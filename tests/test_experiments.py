@@ -17,8 +17,9 @@ from zo_tutorial.experiments import Config, ExperimentError, load_config, load_r
 from zo_tutorial.experiments import config as schema
 from zo_tutorial.experiments.checkpoint import load_checkpoint, save_checkpoint
 from zo_tutorial.experiments.first_order import FirstOrder
-from zo_tutorial.experiments.record import FIELDS
-from zo_tutorial.experiments.train import accuracy
+from zo_tutorial.experiments.record import FIELDS, RESULTS
+from zo_tutorial.experiments.tasks import Digits
+from zo_tutorial.experiments.train import _measure
 from zo_tutorial.models import MNIST_FC
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 
@@ -102,7 +103,7 @@ def test_every_key_is_described():
                     yield from groups(part)
 
     seen = set(groups(Config))
-    assert len(seen) == 15
+    assert len(seen) == 17
     for group in seen:
         for name, field in group.model_fields.items():
             is_group = any(isinstance(part, type) and issubclass(part, BaseModel) for part in [field.annotation])
@@ -119,7 +120,7 @@ def test_every_key_is_described():
         ("lr: 0.05", "lr: -1", "optimizer.lr: should be greater than or equal to 0, not -1"),
         ("lr: 0.05", "lr: .inf", "optimizer.lr: should be a finite number, not inf"),
         ("lr: 0.05", "lr: 0.05, adam: 1", "optimizer.adam: should be a valid boolean, not 1"),
-        ("name: FO", "name: Adam", "optimizer.name: should be one of 'FO', 'SGD', 'SCD', 'mix', not 'Adam'"),
+        ("name: FO", "name: Adam", "optimizer.name: should be one of 'FO', 'SGD', 'SCD', 'mix', 'split', not 'Adam'"),
         ("name: FO, ", "", "optimizer.name: is missing"),
         ("target_ratio: 0.97", "target_ratio: 1.5", "pruning.target_ratio: should be less than 1, not 1.5"),
         ("target_ratio: 0.97, ", "", "pruning.target_ratio: is missing"),
@@ -202,7 +203,7 @@ def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
     out = tmp_path / "record.json"
     config = load_config(name, quick=True)
     record = run(config, out=out, quiet=True)
-    assert record == load_record(out) and set(record) == set(FIELDS)
+    assert record == load_record(out) and set(record) == {*FIELDS, *RESULTS["MNIST"]}
     assert record["name"] == name and record["data"]["source"] == "embedded"
     assert record["config"] == json.loads(json.dumps(config.model_dump())) and record["config_hash"] == config.hash()
     assert record["queries"] == record["curve"][-1]["queries"] > 0
@@ -247,6 +248,10 @@ def test_queries_in_the_record(small):
         coordinates = 1 + 2 * trained
         steps = {"esti": (coordinates, coordinates), "mix": (41, coordinates)}.get(method, (queries, queries))
         assert per_epoch == [4 * steps[0], 4 * steps[0] + 4 * steps[1]]
+
+
+def accuracy(model, part) -> float:
+    return _measure(Digits, model, part)["accuracy"]
 
 
 def test_the_best_epoch_is_chosen_on_validation_and_tested(small, tmp_path):

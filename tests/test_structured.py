@@ -181,6 +181,44 @@ def test_a_changed_channel_meets_one_channel_of_the_next_layer():
         assert isinstance(queries.tape.behind[model.get_submodule(name[:5])].head, ConvolutionHead)
 
 
+def joint(outputs, targets):
+    """The criterion of the encoder: of the sentence and of its tokens, some of which do not count."""
+    whole, token = outputs
+    return F.cross_entropy(whole, targets[0]) + F.cross_entropy(token.flatten(0, 1), targets[1].flatten())
+
+
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_only_one_term_of_a_joint_cross_entropy_moves(batch, ignored):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, (len(batch[1]), 4))
+    tokens.view(-1)[torch.randperm(tokens.numel())[:ignored]] = -100
+    model, inputs = Tokens().double(), (batch[0], torch.tensor(1.5, dtype=torch.float64))
+    compare(model, (inputs, (batch[1], tokens)), "structured", joint)
+    queries, _ = pair(model, "structured", joint)
+    queries.start(inputs, (batch[1], tokens), seed=0)
+    for name in ("token.weight", "whole.weight"):
+        queries.coordinates(name, torch.arange(2), [0.1])
+        behind = queries.tape.behind[model.get_submodule(name[:5])]
+        rows = (tokens >= 0).sum() if name == "token.weight" else len(batch[1])
+        assert behind.series is not None and behind.z.shape[1] == rows
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda outputs, y: joint(outputs, y) * 0.5,
+        lambda outputs, y: joint(outputs, y) + outputs[1].square().mean(),
+        lambda outputs, y: torch.add(joint(outputs, y), outputs[0].sum(), alpha=2),
+        lambda outputs, y: F.cross_entropy(outputs[1].transpose(1, 2), y[1]) + F.cross_entropy(outputs[0], y[0]),
+        lambda outputs, y: F.cross_entropy(outputs[1].reshape(len(y[0]), -1), y[0]),
+    ],
+)
+def test_other_sums_are_no_joint_cross_entropy(criterion, batch):
+    torch.manual_seed(0)
+    inputs = batch[0], torch.tensor(1.5, dtype=torch.float64)
+    compare(Tokens().double(), (inputs, (batch[1], torch.randint(3, (len(batch[1]), 4)))), "structured", criterion)
+
+
 def test_many_inputs_and_outputs_and_a_criterion_of_ones_own(batch):
     torch.manual_seed(0)
     inputs = batch[0], torch.tensor(1.5, dtype=torch.float64)

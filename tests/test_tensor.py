@@ -12,7 +12,13 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn, formats
+from zo_tutorial.tensor import (
+    TensorizedEmbedding_module,
+    TensorizedLinear,
+    TensorizedLinear_module,
+    TensorizedLinear_module_tonn,
+    formats,
+)
 
 IN, OUT = [4, 3, 2], [2, 3, 5]  # 24 -> 30
 KINDS = {
@@ -408,3 +414,26 @@ def test_unequal_numbers_of_factors(kind):
 def test_an_input_of_the_wrong_width(kind):
     with pytest.raises(ValueError, match="x has 12 features, the layer takes in_features = 24"):
         KINDS[kind](IN, OUT, 3)(torch.randn(4, 12))
+
+
+# The embedding.
+
+
+def test_an_embedding_looks_up_the_rows_of_its_table():
+    table = TensorizedEmbedding_module(25, 12, [[3, 3, 3], [2, 3, 2]], 4, generator=seeded()).double()
+    tokens = torch.arange(25).view(5, 5)
+    torch.testing.assert_close(table(tokens), table.to_matrix()[tokens])
+    assert table.to_matrix().shape == (27, 12) and table.ranks == [1, 4, 4, 1]
+    assert [tuple(core.shape) for core in table.cores] == [(1, 2, 3, 4), (4, 3, 3, 4), (4, 2, 3, 1)]
+
+
+def test_the_entries_of_an_embedding_start_near_one():
+    tables = [TensorizedEmbedding_module(729, 64, [[27, 27], [8, 8]], 30, generator=seeded(k)) for k in range(5)]
+    squares = [table.to_matrix().square().mean().item() for table in tables]
+    assert sum(squares) / 5 == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [[[3, 3], [2, 3]], [[5, 6], [3, 3]], [[5, 6, 1], [2, 6]]])
+def test_an_embedding_of_other_sizes_is_refused(shape):
+    with pytest.raises(ValueError, match="do not make a table of 25 × 12"):
+        TensorizedEmbedding_module(25, 12, shape)

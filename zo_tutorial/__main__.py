@@ -1,4 +1,4 @@
-"""The command line: python -m zo_tutorial mnist|reproduce|data|plot|bench. `--help` after either says all."""
+"""The command line: python -m zo_tutorial mnist|encoder|reproduce|data|plot|bench. `--help` after either says all."""
 
 import argparse
 import json
@@ -42,26 +42,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="command", help="mnist, reproduce, data, plot, bench")
-    train = commands.add_parser("mnist", allow_abbrev=False, help="train and test an MNIST classifier from a config")
-    train.set_defaults(command=_mnist)
-    add = train.add_argument
-    add("-config", metavar="PATH", help="a config file, or one of the package such as MNIST/FC/FO.yml")
-    add("--list", action="store_true", help="print the package's configs and end")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set optimizer.lr=0.01")
-    add("--seed", type=int, help="training.seed")
-    add("--epochs", type=int, help="training.epochs")
-    add("--data", choices=("auto", "full", "embedded"), help="data.source")
-    add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
-    add("--device", default="cpu", help="cpu (the default), cuda, …")
-    add("--quick", action="store_true", help="the same config cut to seconds: embedded data, few epochs and steps")
-    add(
-        "--out",
-        metavar="FILE.json",
-        help="write the record there (else print it) and the checkpoint to FILE.ckpt; files that are there are never "
-        "overwritten, except by --resume",
-    )
-    add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
+    listed = "mnist, encoder, reproduce, data, plot, bench"
+    commands = parser.add_subparsers(required=True, metavar="command", help=listed)
+    for name, folder, example, what in (
+        ("mnist", "MNIST", "MNIST/FC/FO.yml", "an MNIST classifier"),
+        ("encoder", "ATIS", "ATIS/TTM/split.yml", "the encoder on ATIS"),
+    ):
+        train = commands.add_parser(name, allow_abbrev=False, help=f"train and test {what} from a config")
+        train.set_defaults(command=_train, folder=folder, name=name)
+        add = train.add_argument
+        add("-config", metavar="PATH", help=f"a config file, or one of the package such as {example}")
+        add("--list", action="store_true", help="print the package's configs and end")
+        add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set optimizer.lr=0.01")
+        add("--seed", type=int, help="training.seed")
+        add("--epochs", type=int, help="training.epochs")
+        add("--data", choices=("auto", "full", "embedded"), help="data.source")
+        add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
+        add("--device", default="cpu", help="cpu (the default), cuda, …")
+        add("--quick", action="store_true", help="the same config cut to seconds: embedded data, few epochs and steps")
+        add(
+            "--out",
+            metavar="FILE.json",
+            help="write the record there (else print it) and the checkpoint to FILE.ckpt; files that are there are "
+            "never overwritten, except by --resume",
+        )
+        add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
     again = commands.add_parser("reproduce", allow_abbrev=False, help="make a table of runs again, and compare")
     again.set_defaults(command=_reproduce)
     add = again.add_argument
@@ -95,12 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mnist(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> None:
     if arguments.list:
-        print("\n".join(f"{name}.yml" for name in names() if name.startswith("MNIST/")))
+        print("\n".join(f"{name}.yml" for name in names() if name.startswith(f"{arguments.folder}/")))
         return
     if not arguments.config:
-        raise ExperimentError("mnist needs -config PATH; --list shows the package's configs")
+        raise ExperimentError(f"{arguments.name} needs -config PATH; --list shows the package's configs")
     shortcuts = {
         "training.seed": arguments.seed,
         "training.epochs": arguments.epochs,
@@ -108,6 +113,9 @@ def _mnist(arguments: argparse.Namespace) -> None:
     }
     overrides = {key: value for key, value in shortcuts.items() if value is not None}
     config = load_config(arguments.config, parse_overrides(arguments.set) | overrides, arguments.quick)
+    command = "encoder" if config.model.name == "Encoder" else "mnist"
+    if command != arguments.name:
+        raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
     record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
     print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 

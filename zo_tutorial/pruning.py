@@ -85,7 +85,7 @@ def grasp_scores_from_losses(
     if not h > 0:
         raise ValueError(f"h must be above 0, not {h}")
     theta = _prunable(model)
-    queries = LossQueries(model, lambda outputs, y: criterion(outputs / temperature, y), theta, query_mode)
+    queries = LossQueries(model, lambda outputs, y: criterion(_divided(outputs, temperature), y), theta, query_mode)
 
     def losses(*shifts: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss where θ stands, and {name: (len(shifts), size)} with one coordinate shifted at a time."""
@@ -182,7 +182,11 @@ def _loss_at_weights(model, criterion, inputs, targets, temperature: float = 1.0
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     outputs = functional_call(model, theta | buffers, inputs)
-    return theta, criterion(outputs / temperature, targets)
+    return theta, criterion(_divided(outputs, temperature), targets)
+
+
+def _divided(outputs: Tensor | tuple[Tensor, ...], temperature: float) -> Tensor | tuple[Tensor, ...]:
+    return tuple(o / temperature for o in outputs) if isinstance(outputs, tuple) else outputs / temperature
 
 
 def _remove_lowest(scores: dict[str, Tensor], target_ratio: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ those of what it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `mode
 import hashlib
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from zo_tutorial.queries import QUERY_MODES
 from zo_tutorial.selection import LAYER_TYPES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-EMBEDDED_TRAINING = 4000  # training images of the embedded data, which every quick run uses
+EMBEDDED_TRAINING = {"images": 4000, "sentences": 2000}  # of the embedded data, which every quick run uses
 QUICK_SCD_STEPS, QUICK_SCD_SPARSITY = 4, 0.95  # a full coordinate step asks thousands of queries
 
 
@@ -103,6 +104,33 @@ class CNN(Group):
     )
 
 
+class Encoder(Group):
+    """A transformer encoder for the sentences of ATIS, dense or with linear layers in TTM or TT."""
+
+    name: Literal["Encoder"]
+    d_model: int = Field(64, ge=1, description="width, a multiple of the heads")
+    heads: int = Field(4, ge=1, description="attention heads")
+    d_hidden: int = Field(128, ge=1, description="width within the feed-forward part")
+    layers: int = Field(2, ge=1, description="encoder blocks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings, attention and the parts of a block")
+    tensor_type: Literal["TensorTrainMatrix", "TensorTrain"] | None = Field(
+        None, description="format of the linear layers but for the last ones of the heads; none: dense"
+    )
+    max_rank: int = Field(20, ge=1, description="bound for the ranks of these layers")
+    factors: list[Factors] = Field([], description="factors of each width that such a layer has")
+    word_factors: Factors | None = Field(
+        None, description="factors that make at least as many words as there are: the embedding in TTM; none: dense"
+    )
+    embedding_rank: int = Field(30, ge=1, description="bound for the ranks of that embedding")
+
+    def factors_of(self, width: int) -> list[int]:
+        """The factors of a width. Raises ValueError where none are given."""
+        for factors in self.factors:
+            if prod(factors) == width:
+                return factors
+        raise ValueError(f"factors: none of {self.factors} multiply to the width {width}")
+
+
 class Pruning(Group):
     """Which weights are trained: the others are set to zero before training and stay there. No group: all are kept."""
 
@@ -176,6 +204,21 @@ class Mix(Group):
     SCD: SCD
 
 
+class Split(Group):
+    """Both at every step, each on the layers it names: first SCD on some, then SGD on others."""
+
+    name: Literal["split"]
+    SCD: SCD
+    SGD: SGD
+
+    @model_validator(mode="after")
+    def _apart(self):
+        shared = set(self.SCD.opt_layers_strs) & set(self.SGD.opt_layers_strs)
+        if shared or not (self.SCD.opt_layers_strs and self.SGD.opt_layers_strs):
+            raise PydanticCustomError("not_apart", "SCD and SGD should each name opt_layers_strs, none of them both")
+        return self
+
+
 class Cosine(Group):
     """CosineAnnealingLR, from lr down to eta_min over the whole run, step by step."""
 
@@ -206,16 +249,16 @@ class Training(Group):
 
 
 class Data(Group):
-    source: Literal["auto", "full", "embedded"] = Field("auto", description="see `zo_tutorial.data.mnist.load`")
+    source: Literal["auto", "full", "embedded"] = Field("auto", description="see `load` of `zo_tutorial.data`")
     seed: int = Field(0, ge=0, description="of the split; not training.seed, so that all runs share one test set")
 
 
 class Config(Group):
     """One experiment."""
 
-    model: FC | TTM | TT | CNN = Field(discriminator="name")
+    model: FC | TTM | TT | CNN | Encoder = Field(discriminator="name")
     pruning: Pruning | None = Field(None, description="no group: nothing is removed")
-    optimizer: FO | SGD | SCD | Mix = Field(discriminator="name")
+    optimizer: FO | SGD | SCD | Mix | Split = Field(discriminator="name")
     scheduler: Cosine | Step | Exponential | None = Field(None, discriminator="name", description="no group: lr stays")
     training: Training
     data: Data = Data()
@@ -289,7 +332,8 @@ def parse_overrides(assignments: list[str]) -> dict:
 
 def _quick(config: Config) -> dict:
     """What `quick` changes, by dotted key."""
-    epoch = -(-EMBEDDED_TRAINING // config.training.batch_size)  # steps
+    examples = EMBEDDED_TRAINING["sentences" if config.model.name == "Encoder" else "images"]
+    epoch = -(-examples // config.training.batch_size)  # steps
     values = {"data.source": "embedded", "training.epochs": min(2, config.training.epochs)}
     match config.optimizer.name:
         case "FO" | "SGD":
@@ -301,6 +345,8 @@ def _quick(config: Config) -> dict:
             values["training.max_steps"] = epoch + QUICK_SCD_STEPS
             values["optimizer.switch_epoch"] = 2
             values["optimizer.SCD.grad_sparsity"] = max(QUICK_SCD_SPARSITY, config.optimizer.SCD.grad_sparsity)
+        case "split":
+            values["training.max_steps"] = 2 * epoch
     return values
 
 

@@ -55,4 +55,5 @@ class FirstOrder(ZerothOrderOptimizer):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.loss_queries.steps}")
         gradients = torch.autograd.grad(loss, list(self.trained.values()))
         self._update({name: g.flatten()[self.index[name]] for name, g in zip(self.trained, gradients, strict=True)})
-        return outputs.detach(), loss.detach()
+        outputs = tuple(o.detach() for o in outputs) if isinstance(outputs, tuple) else outputs.detach()
+        return outputs, loss.detach()

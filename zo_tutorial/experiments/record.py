@@ -11,8 +11,8 @@ import torch
 
 from zo_tutorial.experiments.config import ExperimentError
 
-# What every record holds. `queries` are loss queries, `seconds` those spent in training steps; accuracies are
-# fractions; `curve` is a list of {epoch, queries, seconds, loss, val_accuracy}, one entry an epoch.
+# What every record holds. `queries` are loss queries, `seconds` those spent in training steps; `curve` is a list of
+# {epoch, queries, seconds, loss, val_…}, one entry an epoch, with each metric on the validation part.
 FIELDS = (
     "name",
     "config",
@@ -24,13 +24,14 @@ FIELDS = (
     "queries",
     "seconds",
     "best_epoch",
-    "val_accuracy",
-    "test_accuracy",
     "curve",
     "versions",
     "machine",
     "commit",
 )
+# And what the best epoch got, as fractions: of MNIST the accuracies, of ATIS the metrics of
+# `zo_tutorial.experiments.metrics`, with those of the majority answer.
+RESULTS = {"MNIST": ("val_accuracy", "test_accuracy"), "ATIS": ("validation", "test", "baseline")}
 
 
 def save_record(path: Path, record: dict) -> None:
@@ -46,7 +47,9 @@ def load_record(path: str | Path) -> dict:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{path}: no record can be read: {error}") from error
-    missing = [field for field in FIELDS if not isinstance(record, dict) or field not in record]
+    known = record if isinstance(record, dict) else {}
+    results = RESULTS["ATIS" if "baseline" in known else "MNIST"]
+    missing = [field for field in FIELDS + results if field not in known]
     if missing:
         raise ExperimentError(f"{path}: is no record: {', '.join(missing)} missing")
     return record

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from zo_tutorial.data import DataError, mnist
+from zo_tutorial.data import DataError, atis, mnist
 from zo_tutorial.experiments.checkpoint import checkpoint_path
 from zo_tutorial.experiments.config import Config, ExperimentError, Group, explain, load_config, read_yaml
 from zo_tutorial.experiments.record import load_record
@@ -128,8 +128,8 @@ def reproduce(
         jobs = min(jobs or os.cpu_count(), max(1, len(waiting)))
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch that do not run
         done = context.Value("q", 0)  # epochs
-        for source in {runs[k].config.data.source for k in waiting}:
-            mnist.load(source, root)  # downloads once, and fails here where it must
+        for model, source in {(runs[k].config.model.name, runs[k].config.data.source) for k in waiting}:
+            (atis if model == "Encoder" else mnist).load(source, root)  # downloads once, and fails here where it must
         tasks = [(k, runs[k], out, root, device) for k in waiting]
         with context.Pool(jobs, _start, (done,)) as pool:  # left by an exception, it ends its processes
             results = pool.imap_unordered(_work, tasks)
@@ -147,10 +147,10 @@ def reproduce(
 
 
 def comparison(runs: Sequence[Run], records: Sequence[dict | str], recorded: Path | None = None) -> str:
-    """A line for each row: test accuracy in per cent, mean and standard deviation over its seeds; what it took; and
-    the same from the records in the folder `recorded`, with the change of the mean in points."""
+    """A line for each row: what it took, and its test metrics in per cent, mean and standard deviation over the seeds.
+    Behind each metric the same from the records in the folder `recorded`, with the change of the mean in points."""
     width = max(len(one.row) for one in runs)
-    lines = [f"{'':{width}} {'weights':>8} {'queries':>12} {'seconds':>8}  {'test %':<12}  {'recorded':<12}  change"]
+    lines = []
     for row in dict.fromkeys(one.row for one in runs):
         here = [record for one, record in zip(runs, records, strict=True) if one.row == row]
         made = [record for record in here if isinstance(record, dict)]
@@ -160,31 +160,47 @@ def comparison(runs: Sequence[Run], records: Sequence[dict | str], recorded: Pat
         files = [recorded / one.file for one in runs if one.row == row] if recorded else []
         there = [load_record(file) for file in files if file.exists()]
         queries, seconds = (statistics.mean(record[key] for record in made) for key in ("queries", "seconds"))
-        weights = made[0]["trained_parameters"]
-        line = f"{row:{width}} {weights:>8,} {queries:>12,.0f} {seconds:>8.1f}  {_spread(made):<12}"
-        if there:
-            difference = 100 * (_mean(made) - _mean(there))
-            line += f"  {_spread(there):<12}  {difference:+.2f}"
-        lines.append(line)
+        line = f"{row:{width}} {made[0]['trained_parameters']:>8,} {queries:>12,.0f} {seconds:>8.1f}"
+        header = f"{'':{width}} {'weights':>8} {'queries':>12} {'seconds':>8}"
+        for measure in _measures(made[0]):
+            now, then = ([_measures(record)[measure] for record in some] for some in (made, there))
+            line += f"  {_spread(now):<12}"
+            header += f"  {measure:<12}  {'recorded':<12}  change"
+            if then:
+                line += f"  {_spread(then):<12}  {statistics.mean(now) - statistics.mean(then):+.2f}"
+            else:
+                line += " " * 22
+        if not lines:
+            lines.append(header)
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def _mean(records: list[dict]) -> float:
-    return statistics.mean(record["test_accuracy"] for record in records)
+def _measures(record: dict) -> dict[str, float]:
+    """What a table compares, in per cent, by its heading."""
+    if "test_accuracy" in record:
+        return {"test %": 100 * record["test_accuracy"]}
+    test = record["test"]
+    return {
+        "intent %": 100 * test["intent_accuracy"],
+        "slot F1 %": 100 * test["slot_f1"],
+        "token %": 100 * test["token_accuracy"],
+    }
 
 
-def _spread(records: list[dict]) -> str:
-    """Mean ± standard deviation of the test accuracy, in per cent."""
-    text = f"{100 * _mean(records):.2f}"
-    if len(records) > 1:
-        text += f" ± {100 * statistics.stdev(record['test_accuracy'] for record in records):.2f}"
+def _spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    text = f"{statistics.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2f}"
     return text
 
 
 def _outcome(result: dict | str) -> str:
     if isinstance(result, str):
         return f"failed: {result}"
-    return f"test {result['test_accuracy']:.2%}, {result['queries']:,} queries, {result['seconds']:.1f} s"
+    measures = ", ".join(f"{name.removesuffix(' %')} {value:.2f}%" for name, value in _measures(result).items())
+    return f"{measures}, {result['queries']:,} queries, {result['seconds']:.1f} s"
 
 
 def _finished(one: Run, out: Path) -> dict | None:

@@ -9,21 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
-from zo_tutorial import models, pruning
-from zo_tutorial.data import mnist
+from zo_tutorial import pruning
 from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from zo_tutorial.experiments.config import Config, ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
+from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
 
 METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
-EVALUATION_BATCH = 1000  # images
 BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
 
 
@@ -40,11 +38,11 @@ def run(
 ) -> dict:
     """Train and test as the config says; return the record, whose fields `zo_tutorial.experiments.record` lists.
 
-    The weights of the epoch that is best on the validation images are tested, once, at the end.
+    The weights of the epoch that is best on the validation part are tested, once, at the end.
 
     Args:
         config: from `load_config`.
-        root: the data folder, see `zo_tutorial.data.mnist.load`.
+        root: the data folder, see `load` of `zo_tutorial.data.mnist` and `zo_tutorial.data.atis`.
         device: "cpu", "cuda", …
         out: FILE.json, to which the record is written. FILE.ckpt beside it is the checkpoint, written at the start,
             after every epoch and every `checkpoint_seconds`. Neither may exist, unless the run resumes.
@@ -64,22 +62,22 @@ def run(
         say(f"{out}: finished already")
         return finished
     device = _device(device)
-    data = mnist.load(config.data.source, root, config.data.seed)
-    sizes = {part: len(getattr(data, part).labels) for part in ("train", "validation", "test")}
-    say(f"data: {data.source} MNIST; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
-    identity = config.flat() | {"data found": data.source, "device": str(device)}
+    task = task_of(config, root, device)
+    sizes = {part: len(getattr(task, part)[0]) for part in ("train", "validation", "test")}
+    say(f"data: {task.name}; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
+    identity = config.flat() | {"data found": task.source, "device": str(device)}
     saved = load_checkpoint(checkpoint_path(out), identity) if resume and checkpoint_path(out).exists() else None
 
-    train, validation, test = (mnist.Split(*(tensor.to(device) for tensor in split)) for split in data[1:])
-    model = _model(config).to(device)
+    with _blame(config, "model"):
+        model = task.model(_generator(config, "weights")).to(device)
     if saved:
         masks = saved["masks"] and {name: mask.to(device) for name, mask in saved["masks"].items()}
     else:
-        masks = _prune(config, model, train)
-    epoch_steps = -(-len(train.labels) // config.training.batch_size)
+        masks = _prune(config, model, task)
+    epoch_steps = -(-sizes["train"] // config.training.batch_size)
     steps = min(config.training.epochs * epoch_steps, config.training.max_steps or float("inf"))
-    phases = _phases(config, model, masks, epoch_steps, steps)
-    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "images": 0, "curve": [], "best": {"val_accuracy": -1.0}}
+    phases = _phases(config, model, task.loss, masks, epoch_steps, steps)
+    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "examples": 0, "curve": [], "best": {"score": -1.0}}
     if saved:
         progress = saved["progress"]
         model.load_state_dict(saved["model"])
@@ -94,22 +92,22 @@ def run(
             state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
             save_checkpoint(checkpoint_path(out), state | {"progress": progress})
 
-    _train(config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch)
+    _train(config, task, model, phases, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch)
     model.load_state_dict(progress["best"]["model"])
+    results = task.results(progress["best"]["validation"], _measure(task, model, task.test))
     trained = {name: index for phase in phases for name, index in phase.optimizer.index.items()}
     record = {
         "name": config.name,
         "config": config.model_dump(),
         "config_hash": config.hash(),
         "seed": config.training.seed,
-        "data": {"source": data.source, "seed": config.data.seed} | sizes,
+        "data": {"source": task.source, "seed": config.data.seed} | sizes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(map(len, trained.values())),
         "queries": _queries(phases),
         "seconds": progress["seconds"],
         "best_epoch": progress["best"]["epoch"],
-        "val_accuracy": progress["best"]["val_accuracy"],
-        "test_accuracy": accuracy(model, test),
+        **results,
         "curve": progress["curve"],
         "versions": versions(),
         "machine": machine(device),
@@ -118,83 +116,92 @@ def run(
     if out:
         save_record(out, record)
     say(
-        f"{config.name}: test {record['test_accuracy']:.2%}, validation {record['val_accuracy']:.2%} "
-        f"(epoch {record['best_epoch']}), {record['trained_parameters']:,} trained parameters, "
-        f"{record['queries']:,} queries, {record['seconds']:.1f} s"
+        f"{config.name}: {task.outcome(results)} (epoch {record['best_epoch']}), "
+        f"{record['trained_parameters']:,} trained parameters, {record['queries']:,} queries, {record['seconds']:.1f} s"
     )
     return record
 
 
-def accuracy(model: nn.Module, split: mnist.Split) -> float:
-    """The fraction of the images of `split` that the model, in evaluation mode, gets right."""
+def _measure(task: Task, model: nn.Module, part: NamedTuple) -> dict[str, float]:
+    """The metrics of the model, in evaluation mode, on a part of the data."""
     training = model.training
     model.eval()
     with torch.no_grad():
-        pairs = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
-        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+        metrics = task.measure(model, part)
     model.train(training)
-    return right / len(split.labels)
+    return metrics
 
 
 class _Phase(NamedTuple):
-    """An optimiser with its scheduler, and the step from which on it trains. Only mix has two."""
+    """An optimiser with its scheduler, and the steps that it takes part in: mix has one phase after the other, split
+    two side by side."""
 
     optimizer: ZerothOrderOptimizer
     scheduler: lr_scheduler.LRScheduler
-    first_step: int
+    steps: range
 
 
-def _train(
-    config, model, phases, train, validation, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch
-) -> None:
+def _train(config, task, model, phases, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch) -> None:
     """Train from `progress`, which is kept up to date, to the last of `steps`."""
-    epoch_steps = -(-len(train.labels) // config.training.batch_size)
+    epoch_steps = -(-len(task.train[0]) // config.training.batch_size)
     epochs = -(-steps // epoch_steps)
     if progress["step"] == 0:
         save()
     saved_at = time.perf_counter()
-    for epoch in range(progress["step"] // epoch_steps + 1, epochs + 1):
+    first = progress["step"] // epoch_steps + 1 if progress["step"] < steps else epochs + 1
+    for epoch in range(first, epochs + 1):
         before = (epoch - 1) * epoch_steps
-        order = torch.randperm(len(train.labels), generator=_generator(config, f"shuffle {epoch}"))
-        batches = order.to(train.labels.device).split(config.training.batch_size)[: steps - before]
+        order = torch.randperm(len(task.train[0]), generator=_generator(config, f"shuffle {epoch}"))
+        batches = order.to(task.train[0].device).split(config.training.batch_size)[: steps - before]
         done = progress["step"] - before
-        phase = [phase for phase in phases if phase.first_step <= before][-1]
+        active = [phase for phase in phases if before in phase.steps]
         look = {"desc": f"epoch {epoch}/{epochs}", "bar_format": BAR, "leave": False, "disable": quiet or None}
         with tqdm(total=len(batches), initial=done, **look) as bar:
             for batch in batches[done:]:
                 started = time.perf_counter()
-                _, loss = phase.optimizer.step(train.images[batch], train.labels[batch])
-                phase.scheduler.step()
-                loss = loss.item()
+                inputs, targets = task.batch(task.train, batch)
+                losses = []
+                for phase in active:
+                    losses.append(phase.optimizer.step(inputs, targets)[1].item())
+                    phase.scheduler.step()
                 progress["seconds"] += time.perf_counter() - started
                 progress["step"] += 1
-                progress["loss_sum"] += loss * len(batch)
-                progress["images"] += len(batch)
-                validated = f"{progress['curve'][-1]['val_accuracy']:.2%}" if progress["curve"] else "–"
-                bar.set_postfix_str(f"loss {loss:.4f}, validation {validated}, {_queries(phases):,} queries", False)
+                progress["loss_sum"] += losses[0] * len(batch)
+                progress["examples"] += len(batch)
+                validated = _validated(progress["curve"][-1]) if progress["curve"] else "validation –"
+                bar.set_postfix_str(f"loss {losses[0]:.4f}, {validated}, {_queries(phases):,} queries", False)
                 bar.update()
                 if progress["step"] < before + len(batches) and time.perf_counter() - saved_at >= checkpoint_seconds:
                     save()
                     saved_at = time.perf_counter()
+        metrics = _measure(task, model, task.validation)
         point = {
             "epoch": epoch,
             "queries": _queries(phases),
             "seconds": progress["seconds"],
-            "loss": progress["loss_sum"] / progress["images"],
-            "val_accuracy": accuracy(model, validation),
-        }
+            "loss": progress["loss_sum"] / progress["examples"],
+        } | {f"val_{name}": value for name, value in metrics.items()}
         progress["curve"].append(point)
-        progress["loss_sum"], progress["images"] = 0.0, 0
-        if point["val_accuracy"] > progress["best"]["val_accuracy"]:
+        progress["loss_sum"], progress["examples"] = 0.0, 0
+        if task.score(metrics) > progress["best"]["score"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
-            progress["best"] = {"epoch": epoch, "val_accuracy": point["val_accuracy"], "model": weights}
+            best = {"epoch": epoch, "score": task.score(metrics), "validation": metrics, "model": weights}
+            progress["best"] = best
         save()
         saved_at = time.perf_counter()
         on_epoch(point)
         say(
-            f"epoch {epoch}/{epochs}: loss {point['loss']:.4f}, validation {point['val_accuracy']:.2%}, "
+            f"epoch {epoch}/{epochs}: loss {point['loss']:.4f}, {_validated(point)}, "
             f"{point['queries']:,} queries, {point['seconds']:.1f} s"
         )
+
+
+def _validated(point: dict) -> str:
+    """The validation metrics of a point of the curve: "validation 97.10%", or one by one with their names."""
+    metrics = {key.removeprefix("val_"): value for key, value in point.items() if key.startswith("val_")}
+    if list(metrics) == ["accuracy"]:
+        return f"validation {metrics['accuracy']:.2%}"
+    return "validation " + ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
 
 
 def _queries(phases: list[_Phase]) -> int:
@@ -216,13 +223,7 @@ def _blame(config: Config, group: str):
         raise ExperimentError(f"{config.file}: {group}: {error}") from error
 
 
-def _model(config: Config) -> nn.Module:
-    options = config.model.model_dump(exclude={"name"})
-    with _blame(config, "model"):
-        return getattr(models, config.model.name)(**options, generator=_generator(config, "weights"))
-
-
-def _prune(config: Config, model: nn.Module, train: mnist.Split) -> dict[str, Tensor] | None:
+def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
     """The masks, with the removed weights of `model` set to zero; None without pruning."""
     if config.pruning is None:
         return None
@@ -233,30 +234,36 @@ def _prune(config: Config, model: nn.Module, train: mnist.Split) -> dict[str, Te
         elif method == "random":
             masks = pruning.random(model, ratio, generator)
         else:
-            batch = mnist.class_balanced(train, config.pruning.per_class, generator)
+            batch = task.sample(config.pruning.per_class, generator)
             if method == "snip":
-                masks = pruning.snip(model, cross_entropy, *batch, ratio)
+                masks = pruning.snip(model, task.loss, *batch, ratio)
             else:
-                masks = pruning.grasp(model, cross_entropy, *batch, ratio, config.pruning.temperature)
+                masks = pruning.grasp(model, task.loss, *batch, ratio, config.pruning.temperature)
         if config.pruning.shuffle:
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)
     return masks
 
 
-def _phases(config: Config, model: nn.Module, masks: dict | None, epoch_steps: int, steps: int) -> list[_Phase]:
-    """The optimiser and its scheduler; for mix both pairs, each scheduler over its own steps."""
-    groups, switch = [config.optimizer], steps
-    if config.optimizer.name == "mix":
-        groups = [config.optimizer.SGD, config.optimizer.SCD]
-        switch = min(steps, (config.optimizer.switch_epoch - 1) * epoch_steps)
+def _phases(
+    config: Config, model: nn.Module, criterion: Callable, masks: dict | None, epoch_steps: int, steps: int
+) -> list[_Phase]:
+    """The optimiser and its scheduler; for mix and split two pairs, each scheduler over its own steps."""
+    group, whole = config.optimizer, range(steps)
+    if group.name == "mix":
+        switch = min(steps, (group.switch_epoch - 1) * epoch_steps)
+        parts = [(group.SGD, range(switch)), (group.SCD, range(switch, steps))]
+    elif group.name == "split":
+        parts = [(group.SCD, whole), (group.SGD, whole)]
+    else:
+        parts = [(group, whole)]
     phases = []
-    for group, first, last in zip(groups, (0, switch), (switch, steps), strict=False):
-        options = group.model_dump(exclude={"name"})
+    for part, taken in parts:
+        options = part.model_dump(exclude={"name"})
         with _blame(config, "optimizer"):
-            generator = _generator(config, f"optimizer {group.name}")
-            optimizer = METHODS[group.name](model, cross_entropy, masks, **options, generator=generator)
-        phases.append(_Phase(optimizer, _scheduler(config, optimizer, epoch_steps, last - first), first))
+            generator = _generator(config, f"optimizer {part.name}")
+            optimizer = METHODS[part.name](model, criterion, masks, **options, generator=generator)
+        phases.append(_Phase(optimizer, _scheduler(config, optimizer, epoch_steps, len(taken)), taken))
     return phases
 
 

@@ -1,0 +1,152 @@
+"""The encoder's experiments on synthetic sentences: data, model, metrics, record, command line."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from zo_tutorial.__main__ import main
+from zo_tutorial.data import atis
+from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
+from zo_tutorial.experiments.record import FIELDS, RESULTS
+from zo_tutorial.experiments.tasks import Sentences
+
+ENCODER = """
+model: {name: Encoder, d_model: 16, heads: 2, d_hidden: 32, tensor_type: TensorTrainMatrix, max_rank: 2,
+        factors: [[4, 4], [4, 8]]}
+optimizer: {name: FO, lr: 0.01}
+training: {epochs: 2, batch_size: 250, max_steps: 12}
+data: {source: embedded}
+"""
+HEADS = {"lr": 0.01, "grad_estimator": "esti", "adam": True, "h_smooth": 0.01, "grad_sparsity": 0.0}
+SPLIT = {
+    "name": "split",
+    "SCD": HEADS | {"opt_layers_strs": "nn.Linear"},
+    "SGD": {"lr": 0.01, "sigma": 0.01, "n_sample": 2, "adam": True, "opt_layers_strs": "TensorizedLinear_module"},
+}
+EVERYTHING = {
+    "SGD": {"name": "SGD", "n_sample": 2},
+    "batch": HEADS | {"name": "SCD", "grad_estimator": "batch", "grad_sparsity": 0.99},
+    "sign": {"name": "SCD", "grad_estimator": "sign", "lr": 0.01, "grad_sparsity": 0.99},
+    "split": SPLIT,
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    file = tmp_path / "small.yml"
+    file.write_text(ENCODER)
+    return file
+
+
+def task(config) -> Sentences:
+    return Sentences(config, None, torch.device("cpu"))
+
+
+def test_a_run_ends_in_a_record_with_a_baseline(small, tmp_path, capsys):
+    out = tmp_path / "record.json"
+    longer = {"optimizer.lr": 0.03, "training.epochs": 8, "training.max_steps": None}
+    record = run(load_config(small, longer), out=out)
+    assert load_record(out) == record and set(record) == {*FIELDS, *RESULTS["ATIS"]}
+    assert record["data"] == {"source": "synthetic", "seed": 0, "train": 2000, "validation": 250, "test": 250}
+    best = record["curve"][record["best_epoch"] - 1]
+    assert record["validation"] == {key.removeprefix("val_"): v for key, v in best.items() if key.startswith("val_")}
+    test, baseline = record["test"], record["baseline"]
+    assert record["curve"][-1]["loss"] < 0.8 * record["curve"][0]["loss"] and baseline["slot_f1"] == 0
+    assert test["intent_accuracy"] >= baseline["intent_accuracy"] > 0.3
+    printed = capsys.readouterr().out
+    assert "synthetic sentences" in printed and f"(majority {baseline['intent_accuracy']:.1%})" in printed
+
+
+@pytest.mark.parametrize("method", EVERYTHING)
+def test_every_method_trains_the_encoder(small, method):
+    options = {"optimizer": EVERYTHING[method], "training.max_steps": 2, "training.batch_size": 32}
+    record = run(load_config(small, options), quiet=True)
+    assert record["queries"] > 2 and len(record["curve"]) == 1
+
+
+def test_split_trains_some_layers_by_coordinates_and_others_by_directions(small):
+    config = load_config(small, {"optimizer": SPLIT, "training.max_steps": 1, "training.batch_size": 32})
+    record = run(config, quiet=True)
+    model = task(config).model(torch.Generator().manual_seed(0))
+    sizes = Counter()
+    for layer in model.modules():
+        sizes[type(layer).__name__] += sum(p.numel() for p in layer.parameters())
+    heads, body = sizes["Linear"], sizes["TensorizedLinear_module"]
+    assert record["trained_parameters"] == heads + body
+    assert record["queries"] == (1 + 2 * heads) + (1 + 2 * 2)
+
+
+@pytest.mark.parametrize("steps", [3, 20])  # both cut off after the first epoch: its last step, or the 8th of 20
+def test_a_killed_run_of_split_ends_as_one_that_was_not(small, tmp_path, steps):
+    changes = {"optimizer": SPLIT, "optimizer.SCD.grad_sparsity": 0.95, "training.max_steps": steps}
+    config = load_config(small, changes | {"training.epochs": 3})
+    whole = run(config, out=tmp_path / "whole.json", quiet=True)
+
+    class Killed(Exception):
+        pass
+
+    def kill(point):
+        raise Killed
+
+    cut = tmp_path / "cut.json"
+    with pytest.raises(Killed):
+        run(config, out=cut, quiet=True, checkpoint_seconds=0, on_epoch=kill)
+    again = run(config, out=cut, resume=True, quiet=True)
+    timeless = [{key: v for key, v in point.items() if key != "seconds"} for point in whole["curve"]]
+    assert timeless == [{key: v for key, v in point.items() if key != "seconds"} for point in again["curve"]]
+    assert whole["test"] == again["test"]
+
+
+def test_pruning_scores_on_at_most_so_many_sentences_of_each_intent(small):
+    sentences = task(load_config(small))
+    _, (intents, slots) = sentences.sample(3, torch.Generator().manual_seed(0))
+    counts = Counter(intents.tolist())
+    assert max(counts.values()) == 3 and set(counts) == set(sentences.train.intents.tolist())
+    assert len(slots) == len(intents)
+    dense = {"model.tensor_type": None, "pruning.target_ratio": 0.9, "training.max_steps": 1}
+    record = run(load_config(small, dense), quiet=True)
+    assert record["trained_parameters"] < 0.2 * record["parameters"]
+
+
+def test_a_batch_is_as_long_as_its_longest_sentence(small):
+    sentences = task(load_config(small))
+    lengths = (sentences.train.tokens != 0).sum(1)
+    short = lengths.argsort()[:5]
+    tokens, (_, slots) = sentences.batch(sentences.train, short)
+    assert tokens.shape == slots.shape == (5, lengths[short].max())
+    assert (sentences.train.slots[short, tokens.shape[1] :] == atis.IGNORED).all()
+
+
+def test_embedding_in_ttm(small):
+    options = {"model.word_factors": [27, 27], "model.embedding_rank": 5}
+    models = [task(load_config(small, changes)).model(torch.Generator()) for changes in ({}, options)]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models]
+    words = len(task(load_config(small)).data.words)
+    assert sizes[0] - sizes[1] == words * 16 - 2 * 27 * 4 * 5
+    assert run(load_config(small, options | {"training.max_steps": 1}), quiet=True)["queries"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model.factors": [[4, 4]]}, "model: factors: none of [[4, 4]] multiply to the width 32"),
+        ({"model.heads": 3}, "model: d_model = 16 is no multiple of heads = 3"),
+        ({"model.word_factors": [2, 3]}, "model: the factors [2, 3] and [4, 4] do not make a table"),
+        ({"optimizer": SPLIT | {"SGD": {}}}, "optimizer: SCD and SGD should each name opt_layers_strs"),
+        ({"optimizer": SPLIT | {"SGD": SPLIT["SCD"] and {"opt_layers_strs": "nn.Linear"}}}, "none of them both"),
+    ],
+)
+def test_a_bad_config_is_one_line(small, changes, message):
+    with pytest.raises(ExperimentError) as raised:
+        run(load_config(small, changes), quiet=True)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_command_line(small, capsys):
+    assert main(["encoder", "-config", str(small), "--quick", "--epochs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("data: synthetic sentences") and json.loads(lines[-1])["name"] == "small"
+    assert main(["mnist", "-config", str(small)]) == 2
+    assert "trains a Encoder; the command for it is encoder" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""The two problems that a config may pose, images or sentences: what to load, to build, to minimise and to measure.
+
+Both have the same face: `train`, `validation` and `test`, parts with a first tensor to feed and others to aim at;
+`batch`, `model`, `loss`, `sample`; `measure`, which returns metrics by name; `score`, by which epochs are compared;
+`results`, what a record says of them, and `outcome`, the same in words.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from zo_tutorial import models
+from zo_tutorial.data import atis, mnist
+from zo_tutorial.encoder import Encoder
+from zo_tutorial.experiments.config import Config
+from zo_tutorial.experiments.metrics import joint_metrics
+from zo_tutorial.tensor import TensorizedEmbedding_module, TensorizedLinear_module
+
+EVALUATION_BATCH = 1000  # images or sentences
+
+
+def task_of(config: Config, root: str | Path | None, device: torch.device) -> "Task":
+    """The problem of a config, with its data loaded. Raises DataError."""
+    return (Sentences if config.model.name == "Encoder" else Digits)(config, root, device)
+
+
+class Digits:
+    """MNIST: the accuracy of one answer to each image."""
+
+    loss = staticmethod(cross_entropy)
+
+    def __init__(self, config: Config, root: str | Path | None, device: torch.device):
+        data = mnist.load(config.data.source, root, config.data.seed)
+        self.config, self.source, self.name = config, data.source, f"{data.source} MNIST"
+        self.train, self.validation, self.test = (mnist.Split(*(t.to(device) for t in part)) for part in data[1:])
+
+    def model(self, generator: Generator) -> nn.Module:
+        options = self.config.model.model_dump(exclude={"name"})
+        return getattr(models, self.config.model.name)(**options, generator=generator)
+
+    def batch(self, part: mnist.Split, index: Tensor) -> tuple:
+        return part.images[index], part.labels[index]
+
+    def sample(self, per_class: int, generator: Generator) -> tuple:
+        """Training images, so many of each class, for the scores of pruning."""
+        return mnist.class_balanced(self.train, per_class, generator)
+
+    @staticmethod
+    def measure(model: nn.Module, part: mnist.Split) -> dict[str, float]:
+        pairs = zip(part.images.split(EVALUATION_BATCH), part.labels.split(EVALUATION_BATCH), strict=True)
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+        return {"accuracy": right / len(part.labels)}
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return metrics["accuracy"]
+
+    def results(self, validation: dict[str, float], test: dict[str, float]) -> dict:
+        return {"val_accuracy": validation["accuracy"], "test_accuracy": test["accuracy"]}
+
+    def outcome(self, results: dict) -> str:
+        return f"test {results['test_accuracy']:.2%}, validation {results['val_accuracy']:.2%}"
+
+
+class Sentences:
+    """ATIS: an intent for each sentence and a slot tag for each of its words."""
+
+    def __init__(self, config: Config, root: str | Path | None, device: torch.device):
+        self.data = atis.load(config.data.source, root, config.data.seed)
+        self.config, self.source = config, self.data.source
+        self.name = "full ATIS" if self.source == "full" else "synthetic sentences in the format of ATIS"
+        parts = (self.data.train, self.data.validation, self.data.test)
+        self.train, self.validation, self.test = (atis.Split(*(t.to(device) for t in part)) for part in parts)
+
+    def model(self, generator: Generator) -> Encoder:
+        group = self.config.model
+        options = group.model_dump(include={"d_model", "heads", "d_hidden", "layers", "dropout"})
+
+        def linear(n: int, m: int) -> nn.Module:
+            shape = [group.factors_of(n), group.factors_of(m)]
+            return TensorizedLinear_module(n, m, True, shape, group.tensor_type, group.max_rank, generator=generator)
+
+        def embedding(words: int, width: int) -> nn.Module:
+            shape = [group.word_factors, group.factors_of(width)]
+            return TensorizedEmbedding_module(words, width, shape, group.embedding_rank, generator=generator)
+
+        if group.tensor_type:
+            options["linear"] = linear
+        if group.word_factors:
+            options["embedding"] = embedding
+        sizes = len(self.data.words), len(self.data.intents), len(self.data.tags)
+        return Encoder(*sizes, **options, positions=self.train.tokens.shape[1], generator=generator)
+
+    def batch(self, part: atis.Split, index: Tensor) -> tuple:
+        """Cut to the longest of these sentences."""
+        tokens = part.tokens[index]
+        length = int((tokens != 0).sum(1).max())
+        return tokens[:, :length], (part.intents[index], part.slots[index, :length])
+
+    @staticmethod
+    def loss(outputs: tuple, targets: tuple) -> Tensor:
+        """Cross-entropy of the intents plus that of the tags, the mean over all words of the batch."""
+        (intents, tags), (intent_targets, tag_targets) = outputs, targets
+        return cross_entropy(intents, intent_targets) + cross_entropy(tags.flatten(0, 1), tag_targets.flatten())
+
+    def sample(self, per_class: int, generator: Generator) -> tuple:
+        """Training sentences, at most so many of each intent, for the scores of pruning."""
+        order = torch.randperm(len(self.train.intents), generator=generator).to(self.train.intents.device)
+        rank = torch.zeros_like(order)  # how many of the same intent stand before
+        for intent in self.train.intents.unique():
+            here = (self.train.intents[order] == intent).nonzero().flatten()
+            rank[here] = torch.arange(len(here), device=rank.device)
+        return self.batch(self.train, order[rank < per_class])
+
+    def measure(self, model: nn.Module, part: atis.Split) -> dict[str, float]:
+        intents, tags = [], []
+        for index in torch.arange(len(part.intents)).split(EVALUATION_BATCH):
+            answers = model(part.tokens[index])
+            intents.append(answers[0].argmax(1))
+            tags.append(answers[1].argmax(2))
+        return joint_metrics(torch.cat(intents), torch.cat(tags), part, self.data.tags)
+
+    def baseline(self) -> dict[str, float]:
+        """The metrics of always answering the commonest intent and tag of the training set, on the test set."""
+        intent, tag = atis.majority(self.train)
+        intents, tags = torch.full_like(self.test.intents, intent), torch.full_like(self.test.slots, tag)
+        return joint_metrics(intents, tags, self.test, self.data.tags)
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The mean of intent accuracy and slot F1."""
+        return (metrics["intent_accuracy"] + metrics["slot_f1"]) / 2
+
+    def results(self, validation: dict[str, float], test: dict[str, float]) -> dict:
+        return {"validation": validation, "test": test, "baseline": self.baseline()}
+
+    def outcome(self, results: dict) -> str:
+        """The test metrics, each with that of the majority answer beside it."""
+        pairs = [f"{n} {v:.1%} (majority {results['baseline'][n]:.1%})" for n, v in results["test"].items()]
+        return f"test on {self.name}: " + ", ".join(pairs)
+
+
+Task = Digits | Sentences
