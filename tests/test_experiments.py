@@ -178,9 +178,9 @@ def test_overrides(small):
 
 def test_overrides_win_over_quick():
     quick = load_config("MNIST/FC/mix", quick=True)
-    assert (quick.training.epochs, quick.training.max_steps, quick.optimizer.switch_epoch) == (2, 36, 2)
-    assert quick.optimizer.SCD.grad_sparsity == 0.95
-    chosen = {"training.max_steps": 3, "data.source": "full", "optimizer.SCD.grad_sparsity": 0.0}
+    assert (quick.training.epochs, quick.training.max_steps, quick.optimizer.switch_epoch) == (2, 64, 2)
+    assert load_config("MNIST/FC/SCD", quick=True).optimizer.grad_sparsity == 0.75
+    chosen = {"training.max_steps": 3, "data.source": "full", "optimizer.SCD.grad_sparsity": 0.5}
     config = load_config("MNIST/FC/mix", chosen, quick=True)
     assert {key: config.flat()[key] for key in chosen} == chosen and config.training.epochs == 2
 
