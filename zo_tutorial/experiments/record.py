@@ -12,7 +12,8 @@ import torch
 from zo_tutorial.experiments.config import ExperimentError
 
 # What every record holds. `queries` are loss queries, `seconds` those spent in training steps; `curve` is a list of
-# {epoch, queries, seconds, loss, val_…}, one entry an epoch, with each metric on the validation part.
+# {epoch, queries, seconds, loss, val_…}, with each metric on the validation part: one entry an epoch, and five within
+# the first one, whose epoch is a fraction, if it has 32 steps or more. `loss` is the mean since the epoch began.
 FIELDS = (
     "name",
     "config",

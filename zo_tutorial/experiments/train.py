@@ -49,7 +49,7 @@ def run(
         resume: go on from the checkpoint; from the start if there is none yet. Where the record of this very config is
             there already, return it.
         quiet: no progress bar and no printed line.
-        on_epoch: called with each new point of the curve.
+        on_epoch: called after each epoch, with its point of the curve.
 
     Raises:
         ExperimentError, DataError: a config, file or data that cannot be used; raised before anything is written.
@@ -145,6 +145,21 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
     """Train from `progress`, which is kept up to date, to the last of `steps`."""
     epoch_steps = -(-len(task.train[0]) // config.training.batch_size)
     epochs = -(-steps // epoch_steps)
+    # A whole epoch of coordinate descent can be millions of queries: the first one has points within it.
+    early = {epoch_steps // part for part in (32, 16, 8, 4, 2)} if epoch_steps >= 32 else set()
+
+    def point(epoch: float) -> tuple[dict, dict]:
+        """The metrics where the weights stand, and a point of the curve."""
+        metrics = _measure(task, model, task.validation)
+        point = {
+            "epoch": epoch,
+            "queries": _queries(phases),
+            "seconds": progress["seconds"],
+            "loss": progress["loss_sum"] / progress["examples"],
+        } | {f"val_{name}": value for name, value in metrics.items()}
+        progress["curve"].append(point)
+        return metrics, point
+
     if progress["step"] == 0:
         save()
     saved_at = time.perf_counter()
@@ -171,17 +186,12 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
                 validated = _validated(progress["curve"][-1]) if progress["curve"] else "validation –"
                 bar.set_postfix_str(f"loss {losses[0]:.4f}, {validated}, {_queries(phases):,} queries", False)
                 bar.update()
+                if progress["step"] in early and progress["step"] < steps:
+                    point(progress["step"] / epoch_steps)
                 if progress["step"] < before + len(batches) and time.perf_counter() - saved_at >= checkpoint_seconds:
                     save()
                     saved_at = time.perf_counter()
-        metrics = _measure(task, model, task.validation)
-        point = {
-            "epoch": epoch,
-            "queries": _queries(phases),
-            "seconds": progress["seconds"],
-            "loss": progress["loss_sum"] / progress["examples"],
-        } | {f"val_{name}": value for name, value in metrics.items()}
-        progress["curve"].append(point)
+        metrics, end = point(epoch)
         progress["loss_sum"], progress["examples"] = 0.0, 0
         if task.score(metrics) > progress["best"]["score"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -189,10 +199,10 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
             progress["best"] = best
         save()
         saved_at = time.perf_counter()
-        on_epoch(point)
+        on_epoch(end)
         say(
-            f"epoch {epoch}/{epochs}: loss {point['loss']:.4f}, {_validated(point)}, "
-            f"{point['queries']:,} queries, {point['seconds']:.1f} s"
+            f"epoch {epoch}/{epochs}: loss {end['loss']:.4f}, {_validated(end)}, "
+            f"{end['queries']:,} queries, {end['seconds']:.1f} s"
         )
 
 
