@@ -145,6 +145,7 @@ def test_a_bad_config_is_one_line(small, changes, message):
 
 
 def test_the_command_line(small, capsys):
+    assert main(["encoder", "--list"]) == 0 and capsys.readouterr().out == "ATIS/TTM/FO.yml\n"
     assert main(["encoder", "-config", str(small), "--quick", "--epochs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("data: synthetic sentences") and json.loads(lines[-1])["name"] == "small"

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command", help=listed)
     for name, folder, example, what in (
         ("mnist", "MNIST", "MNIST/FC/FO.yml", "an MNIST classifier"),
-        ("encoder", "ATIS", "ATIS/TTM/split.yml", "the encoder on ATIS"),
+        ("encoder", "ATIS", "ATIS/TTM/FO.yml", "the encoder on ATIS"),
     ):
         train = commands.add_parser(name, allow_abbrev=False, help=f"train and test {what} from a config")
         train.set_defaults(command=_train, folder=folder, name=name)
