@@ -48,7 +48,7 @@ def visit(browser, page):
 
 
 def faults_of_logs(browser):
-    """Console errors, and requests to anything but files and data in the page itself."""
+    """Console errors, and requests to anything but files, data in the page itself, and the browser's own pages."""
     for entry in browser.get_log("browser"):
         if entry["level"] == "SEVERE":
             yield f"console: {entry['message']}"
@@ -56,7 +56,7 @@ def faults_of_logs(browser):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             url = message["params"]["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "chrome:", "about:")):
+            if not url.startswith(("file:", "data:", "blob:", "chrome:", "chrome-untrusted:", "about:")):
                 yield f"request: {url}"
 
 
