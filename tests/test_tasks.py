@@ -135,7 +135,7 @@ def test_embedding_in_ttm(small):
         ({"model.heads": 3}, "model: d_model = 16 is no multiple of heads = 3"),
         ({"model.word_factors": [2, 3]}, "model: the factors [2, 3] and [4, 4] do not make a table"),
         ({"optimizer": SPLIT | {"SGD": {}}}, "optimizer: SCD and SGD should each name opt_layers_strs"),
-        ({"optimizer": SPLIT | {"SGD": SPLIT["SCD"] and {"opt_layers_strs": "nn.Linear"}}}, "none of them both"),
+        ({"optimizer": SPLIT | {"SGD": {"opt_layers_strs": "nn.Linear"}}}, "none of them both"),
     ],
 )
 def test_a_bad_config_is_one_line(small, changes, message):

@@ -18,7 +18,7 @@ gains little: most operations are too short to share):
   multiply-adds: 6 ms; softmax: 3 ms. Measured: 32 ms; the rest is dispatch, some 60 portions of 30 operations. (For
   the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
 - Convolutions: flops. Of the next layer only what one changed channel needs, then all of the network behind it, is run
-  for each shift. 8,557 queries of the 4,278-weight net: 0.4 s, of which matrix products 0.15 s.
+  for each shift. 8,557 queries of the 4,278-weight net: 0.4 to 0.6 s, of which matrix products 0.15 s.
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
 
@@ -350,7 +350,7 @@ class Place:
         return site.head.losses(self.outputs(z))
 
     def outputs(self, z: Tensor) -> Tensor:
-        """o (P, C, R) for P slices z (P, rows, R), which it may overwrite."""
+        """P outputs o, as the head has them, for P slices z (P, rows, R), which it may overwrite."""
         return self.add(self.rest, self.site.head.activate(z))
 
     def leave(self) -> None:
