@@ -3,8 +3,10 @@
     python tests/lab.py book/01_black_box.ipynb book/02_gradient_from_values.ipynb
 
 Of each chapter: no cell fails, and each slider, moved by the arrow key, makes the kernel draw another picture.
+Settings, workspaces and kernels of the user who runs this play no part.
 """
 
+import os
 import secrets
 import shutil
 import socket
@@ -26,6 +28,11 @@ READY = """
 const opened = window.jupyterapp?.shell?.currentWidget;
 return opened?.context?.path === arguments[0] && opened.sessionContext.isReady
     && opened.sessionContext.session?.kernel?.status === "idle";
+"""
+STATE = """
+const opened = window.jupyterapp?.shell?.currentWidget, session = opened?.sessionContext;
+return JSON.stringify({page: document.title, path: opened?.context?.path, ready: session?.isReady,
+    kernel: session?.session?.kernel?.status, dialog: document.querySelector(".jp-Dialog")?.innerText});
 """
 PICTURE, TRACEBACK = ".widget-html img", ".widget-html pre"
 RUN_ALL = """
@@ -57,13 +64,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_lab(folder):
-    """JupyterLab on a folder: its process and its address."""
+def start_lab(folder, home):
+    """JupyterLab on a folder, with all that it remembers in the folder `home`: its process and its address."""
     port, token = free_port(), secrets.token_hex(16)
     options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --LabApp.expose_app_in_browser=True"
     options += f" --IdentityProvider.token={token} --ServerApp.root_dir={folder}"
-    log = open(folder / "lab.log", "wb")
-    process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options.split()], stdout=log, stderr=log)
+    # jupyter's folders are told one by one: what a user has set, saved or installed would be found before ours
+    places = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    places |= {"IPYTHONDIR": str(home / "ipython"), "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")} | places
+    log = open(home / "lab.log", "wb")
+    command = [sys.executable, "-m", "jupyterlab", *options.split()]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     address = f"http://127.0.0.1:{port}/{{}}?token={token}"
     for _ in range(240):
         try:
@@ -74,7 +86,7 @@ def start_lab(folder):
                 break
             time.sleep(0.25)
     process.kill()
-    sys.exit((folder / "lab.log").read_text())
+    sys.exit((home / "lab.log").read_text())
 
 
 def find(browser, selector):
@@ -84,9 +96,17 @@ def find(browser, selector):
 
 def faults_of_chapter(browser, address, chapter):
     """Run it, then move each of its sliders; yields what is wrong."""
-    browser.get(address.format(f"lab/workspaces/{Path(chapter).stem}/tree/{chapter}"))
     wait = WebDriverWait(browser, 120, ignored_exceptions=[IndexError, StaleElementReferenceException])
-    wait.until(lambda b: b.execute_script(READY, chapter))
+    for attempt in ("first", "second"):
+        browser.get(address.format(f"lab/workspaces/{Path(chapter).stem}-{attempt}/tree/{chapter}"))
+        try:
+            wait.until(lambda b: b.execute_script(READY, chapter))
+            break
+        except TimeoutException:
+            print(f"{chapter}: not open after 120 s ({attempt} attempt); {browser.execute_script(STATE)}")
+    else:
+        yield f"{chapter}: JupyterLab does not open it"
+        return
     failed = browser.execute_async_script(RUN_ALL)
     if failed:
         yield f"{chapter}: {failed}"
@@ -119,7 +139,7 @@ def main(chapters):
         folder = Path(name)
         book = folder / "book"  # a copy: what is run is saved
         shutil.copytree(Path(chapters[0]).parent, book)
-        process, address = start_lab(book)
+        process, address = start_lab(book, folder)
         browser = open_browser(folder / "profile")
         browser.set_script_timeout(300)
         browser.set_window_size(1400, 1000)
@@ -130,6 +150,8 @@ def main(chapters):
             browser.quit()
             process.terminate()
             process.wait(20)
+        if any("does not open" in fault for fault in faults):
+            print((folder / "lab.log").read_text())
     print("\n".join(faults) or f"{len(chapters)} chapters in JupyterLab: 0 faults")
     sys.exit(bool(faults))
 
