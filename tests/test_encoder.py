@@ -46,7 +46,30 @@ def test_a_block_is_pytorchs_encoder_layer():
         theirs.load_state_dict(renamed, strict=False)
     x, padded = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), tokens == 0
     expected = theirs(x, src_key_padding_mask=padded)
-    torch.testing.assert_close(ours(x, ~padded[:, None, None, :]), expected)
+    torch.testing.assert_close(ours(x, net.mask(tokens)), expected)
+    focused = small(focus=[(-1, 2.0), (0, 0.5)])
+    mask = focused.mask(tokens)  # (4, heads, 6, 6)
+    assert mask[0, 0, 3].tolist() == [-4, -2, 0, -2, -4, -6] and mask[3, 1, 0].tolist() == [0] + 5 * [-torch.inf]
+    torch.testing.assert_close(ours(x, mask), theirs(x, src_mask=mask.flatten(0, 1)))
+
+
+def test_a_focus_has_a_pair_for_each_head():
+    with pytest.raises(ValueError, match="1 pairs of offset and slope for 2 heads"):
+        small(focus=[(0, 1.0)])
+
+
+@pytest.mark.parametrize("linear", [None, lambda n, m: TensorizedLinear_module(n, m, shape=[[2, n // 2], [2, m // 2]])])
+def test_scales_of_the_start(linear):
+    def net(**scales):
+        torch.manual_seed(0)  # of tensor layers
+        return small(linear=linear, **scales)
+
+    plain, scaled = net(), net(position_scale=0.3, branch_scale=0.1)
+    torch.testing.assert_close(scaled.positions.weight, 0.3 * plain.positions.weight)
+    matrix = (lambda layer: layer.weight) if linear is None else (lambda layer: layer.to_matrix())
+    for part, factor in (("output", 0.1), ("down", 0.1), ("up", 1), ("value", 1)):
+        ours, theirs = (matrix(getattr(one.blocks[1], part)) for one in (scaled, plain))
+        torch.testing.assert_close(ours, factor * theirs)
 
 
 def test_padding_changes_nothing():

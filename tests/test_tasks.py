@@ -11,6 +11,7 @@ from zo_tutorial.data import atis
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
 from zo_tutorial.experiments.record import FIELDS, RESULTS
 from zo_tutorial.experiments.tasks import Sentences
+from zo_tutorial.tensor import TensorizedLinear_module
 
 ENCODER = """
 model: {name: Encoder, d_model: 16, heads: 2, d_hidden: 32, tensor_type: TensorTrainMatrix, max_rank: 2,
@@ -22,8 +23,8 @@ data: {source: embedded}
 HEADS = {"lr": 0.01, "grad_estimator": "esti", "adam": True, "h_smooth": 0.01, "grad_sparsity": 0.0}
 SPLIT = {
     "name": "split",
-    "SCD": HEADS | {"opt_layers_strs": "nn.Linear"},
-    "SGD": {"lr": 0.01, "sigma": 0.01, "n_sample": 2, "adam": True, "opt_layers_strs": "TensorizedLinear_module"},
+    "heads": {"modules": ["intent", "slots.3"], "method": HEADS | {"name": "SCD"}},
+    "body": {"modules": ["blocks", "slots.0"], "method": {"name": "SGD", "lr": 0.01, "sigma": 0.01, "n_sample": 2}},
 }
 EVERYTHING = {
     "SGD": {"name": "SGD", "n_sample": 2},
@@ -66,21 +67,22 @@ def test_every_method_trains_the_encoder(small, method):
     assert record["queries"] == record["curve"][-1]["queries"] > 2
 
 
-def test_split_trains_some_layers_by_coordinates_and_others_by_directions(small):
+def test_split_trains_some_modules_by_coordinates_and_others_by_directions(small):
     config = load_config(small, {"optimizer": SPLIT, "training.max_steps": 1, "training.batch_size": 32})
     record = run(config, quiet=True)
     model = task(config).model(torch.Generator().manual_seed(0))
     sizes = Counter()
-    for layer in model.modules():
-        sizes[type(layer).__name__] += sum(p.numel() for p in layer.parameters())
-    heads, body = sizes["Linear"], sizes["TensorizedLinear_module"]
-    assert record["trained_parameters"] == heads + body
-    assert record["queries"] == (1 + 2 * heads) + (1 + 2 * 2)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear | TensorizedLinear_module):
+            where = "heads" if name.startswith(("intent.", "slots.3")) else "body"
+            sizes[where] += sum(p.numel() for p in layer.parameters())
+    assert record["trained_parameters"] == sizes["heads"] + sizes["body"]
+    assert record["queries"] == (1 + 2 * sizes["heads"]) + (1 + 2 * 2)
 
 
 @pytest.mark.parametrize("steps", [3, 20])  # both cut off after the first epoch: its last step, or the 8th of 20
 def test_a_killed_run_of_split_ends_as_one_that_was_not(small, tmp_path, steps):
-    changes = {"optimizer": SPLIT, "optimizer.SCD.grad_sparsity": 0.95, "training.max_steps": steps}
+    changes = {"optimizer": SPLIT, "optimizer.heads.method.grad_sparsity": 0.95, "training.max_steps": steps}
     config = load_config(small, changes | {"training.epochs": 3})
     whole = run(config, out=tmp_path / "whole.json", quiet=True)
 
@@ -119,6 +121,19 @@ def test_a_batch_is_as_long_as_its_longest_sentence(small):
     assert (sentences.train.slots[short, tokens.shape[1] :] == atis.IGNORED).all()
 
 
+def test_an_epoch_is_batches_of_like_lengths_and_of_every_sentence_once(small):
+    sentences = task(load_config(small))
+    batches = sentences.batches(32, torch.Generator().manual_seed(0))
+    assert torch.cat(batches).sort().values.tolist() == list(range(2000))
+    lengths = (sentences.train.tokens != 0).sum(1)
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+    order = [lengths[batch].double().mean().item() for batch in batches]
+    assert order != sorted(order)
+    again = sentences.batches(32, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, batches, again))
+
+
 def test_embedding_in_ttm(small):
     options = {"model.word_factors": [27, 27], "model.embedding_rank": 5}
     models = [task(load_config(small, changes)).model(torch.Generator()) for changes in ({}, options)]
@@ -134,8 +149,11 @@ def test_embedding_in_ttm(small):
         ({"model.factors": [[4, 4]]}, "model: factors: none of [[4, 4]] multiply to the width 32"),
         ({"model.heads": 3}, "model: d_model = 16 is no multiple of heads = 3"),
         ({"model.word_factors": [2, 3]}, "model: the factors [2, 3] and [4, 4] do not make a table"),
-        ({"optimizer": SPLIT | {"SGD": {}}}, "optimizer: SCD and SGD should each name opt_layers_strs"),
-        ({"optimizer": SPLIT | {"SGD": {"opt_layers_strs": "nn.Linear"}}}, "none of them both"),
+        ({"model.focus": [[0, 1.0]]}, "model: focus has 1 pairs of offset and slope for 2 heads"),
+        ({"optimizer": SPLIT | {"body": {}}}, "optimizer.body.modules: is missing"),
+        ({"optimizer": SPLIT, "optimizer.body.method.lr": -1.0}, "optimizer.body.method.lr: should be greater than"),
+        ({"optimizer": SPLIT, "optimizer.body.modules": ["feet"]}, "body: modules: the model has no 'feet'; it has"),
+        ({"optimizer": SPLIT, "optimizer.body.modules": ["intent.2"]}, "heads and body both train intent.2.bias, intent.2.weight"),
     ],
 )
 def test_a_bad_config_is_one_line(small, changes, message):

@@ -61,7 +61,7 @@ class Call:
         self.result_versions = [tensor._version for tensor in self.results]
         self.draws = self.random_state is not None and not all(map(torch.equal, self.random_state, random_state))
         self.bytes += bytes_of(self.results)
-        if self.function is F.dropout and self.named()["training"]:
+        if self.function is F.dropout and self._drops():
             # What it multiplied its input with, 0 or 1/(1-p): drawn again, in the memory layout of that input.
             if self.random_state is not None:
                 set_random_state(self.random_state)
@@ -69,9 +69,14 @@ class Call:
 
     def with_input(self, x: Tensor) -> Tensor:
         """This dropout of another input."""
-        if not self.named()["training"]:
+        if not self._drops():
             return x
         return x.mul_(self.factor) if self.changed else x * self.factor
+
+    def _drops(self) -> bool:
+        """Whether this dropout changes anything."""
+        named = self.named()
+        return named["training"] and named["p"] > 0
 
     def named(self) -> dict[str, Any]:
         """The arguments by name."""

@@ -4,6 +4,7 @@ A config is a YAML file with the groups model, pruning, optimizer, scheduler, tr
 those of what it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `model` those of the models.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -25,6 +26,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 EMBEDDED_TRAINING = {"images": 4000, "sentences": 2000}  # of the embedded data, which every quick run uses
 # A full step of coordinate descent asks thousands of queries, slow ones in `sign`, and slower ones of the encoder.
 QUICK_SCD = {"esti": (32, 0.0), "batch": (32, 0.0), "sign": (32, 0.75), "encoder": (4, 0.95)}  # steps, share skipped
+QUICK_SPLIT = 0.99  # share skipped where split skips any
 
 
 class ExperimentError(ValueError):
@@ -60,6 +62,8 @@ LayerTypes = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(description="layer types that are trained, one name or a list of names; none named: all of these"),
 ]
+Positive = Annotated[float, Field(gt=0)]
+Number = Annotated[float, Field(ge=0)]
 QueryMode = Annotated[Literal[QUERY_MODES], Field(description="how losses are evaluated; auto: the fastest valid way")]
 
 
@@ -114,6 +118,11 @@ class Encoder(Group):
     d_hidden: int = Field(128, ge=1, description="width within the feed-forward part")
     layers: int = Field(2, ge=1, description="encoder blocks")
     dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings, attention and the parts of a block")
+    focus: list[Annotated[tuple[int, Number], Field(strict=False)]] | None = Field(
+        None, description="[offset, slope] for each head: where it looks at the start; none: anywhere"
+    )
+    position_scale: Positive = Field(1.0, description="size of the position embeddings; that of the words is 1")
+    branch_scale: Positive = Field(1.0, description="size of what a block adds at the start; 1: as large as its input")
     tensor_type: Literal["TensorTrainMatrix", "TensorTrain"] | None = Field(
         None, description="format of the linear layers but for the last ones of the heads; none: dense"
     )
@@ -205,19 +214,20 @@ class Mix(Group):
     SCD: SCD
 
 
+class Part(Group):
+    """A method for the layers in some modules of the model."""
+
+    modules: list[str] = Field(min_length=1, description="names of modules, such as blocks or slots.3")
+    method: SGD | SCD = Field(discriminator="name")
+
+
 class Split(Group):
-    """Both at every step, each on the layers it names: first SCD on some, then SGD on others."""
+    """Two methods at every step, each on modules of its own: queries of the last layers are so cheap that all their
+    coordinates can be asked for, those of the depths are not. `heads` moves first."""
 
     name: Literal["split"]
-    SCD: SCD
-    SGD: SGD
-
-    @model_validator(mode="after")
-    def _apart(self):
-        shared = set(self.SCD.opt_layers_strs) & set(self.SGD.opt_layers_strs)
-        if shared or not (self.SCD.opt_layers_strs and self.SGD.opt_layers_strs):
-            raise PydanticCustomError("not_apart", "SCD and SGD should each name opt_layers_strs, none of them both")
-        return self
+    heads: Part
+    body: Part
 
 
 class Cosine(Group):
@@ -299,8 +309,8 @@ def load_config(path: str | Path, overrides: dict | None = None, quick: bool = F
         path: a file, or one of the package: "MNIST/FC/FO.yml", also with "configs/" before it or without ".yml".
         overrides: values by dotted key, {"optimizer.lr": 0.01}. They win over the file and over `quick`.
         quick: cut to seconds: embedded data and two epochs at most. Coordinate descent takes 32 steps, `sign` skips at
-            least 75 % of the coordinates, and on the encoder it takes 4 steps that skip at least 95 %. For a first
-            look, not for a result.
+            least 75 % of the coordinates, and on the encoder it takes 4 steps that skip at least 95 %; split takes one
+            epoch, and where it skips coordinates at all, at least 99 % of them. For a first look, not for a result.
 
     Raises:
         ExperimentError: in one line that names file, key and what is allowed.
@@ -308,7 +318,7 @@ def load_config(path: str | Path, overrides: dict | None = None, quick: bool = F
     file = _find(path)
     values = read_yaml(file, Config)
     for key, value in (overrides or {}).items():
-        _set(values, key, value, file)
+        _set(values, key, copy.deepcopy(value), file)
     config = _check(values, file)
     if quick:
         for key, value in _quick(config).items():
@@ -352,7 +362,10 @@ def _quick(config: Config) -> dict:
             values["optimizer.switch_epoch"] = 2
             values["optimizer.SCD.grad_sparsity"] = max(skipped, method.grad_sparsity)
         case "split":
-            values["training.max_steps"] = 2 * epoch
+            values["training.max_steps"] = epoch
+            for name, part in (("heads", config.optimizer.heads), ("body", config.optimizer.body)):
+                if part.method.name == "SCD" and part.method.grad_sparsity > 0:
+                    values[f"optimizer.{name}.method.grad_sparsity"] = max(QUICK_SPLIT, part.method.grad_sparsity)
     return values
 
 
@@ -418,6 +431,8 @@ def explain(error: dict) -> str:
     group = Config.model_fields.get(where[0]) if len(where) > 1 else None
     if group and group.discriminator:
         del where[1]  # the name by which pydantic chose among several groups
+    if "method" in where[:-1]:
+        del where[where.index("method") + 1]
     match error["type"]:
         case "unknown_key":
             where.append(context["key"])

@@ -1,8 +1,8 @@
 """The two problems that a config may pose, images or sentences: what to load, to build, to minimise and to measure.
 
 Both have the same face: `train`, `validation` and `test`, parts with a first tensor to feed and others to aim at;
-`batch`, `model`, `loss`, `sample`; `measure`, which returns metrics by name; `score`, by which epochs are compared;
-`results`, what a record says of them, and `outcome`, the same in words.
+`batches`, `batch`, `model`, `loss`, `sample`; `measure`, which returns metrics by name; `score`, by which epochs are
+compared; `results`, what a record says of them, and `outcome`, the same in words.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from zo_tutorial.experiments.metrics import joint_metrics
 from zo_tutorial.tensor import TensorizedEmbedding_module, TensorizedLinear_module
 
 EVALUATION_BATCH = 1000  # images or sentences
+SORTED = 16  # batches
 
 
 def task_of(config: Config, root: str | Path | None, device: torch.device) -> "Task":
@@ -39,6 +40,10 @@ class Digits:
     def model(self, generator: Generator) -> nn.Module:
         options = self.config.model.model_dump(exclude={"name"})
         return getattr(models, self.config.model.name)(**options, generator=generator)
+
+    def batches(self, size: int, generator: Generator) -> list[Tensor]:
+        """The training images of one epoch, by their indices, in batches."""
+        return list(torch.randperm(len(self.train.images), generator=generator).split(size))
 
     def batch(self, part: mnist.Split, index: Tensor) -> tuple:
         return part.images[index], part.labels[index]
@@ -75,7 +80,8 @@ class Sentences:
 
     def model(self, generator: Generator) -> Encoder:
         group = self.config.model
-        options = group.model_dump(include={"d_model", "heads", "d_hidden", "layers", "dropout"})
+        tensorised = {"name", "tensor_type", "max_rank", "factors", "word_factors", "embedding_rank"}
+        options = group.model_dump(exclude=tensorised)
 
         def linear(n: int, m: int) -> nn.Module:
             shape = [group.factors_of(n), group.factors_of(m)]
@@ -91,6 +97,17 @@ class Sentences:
             options["embedding"] = embedding
         sizes = len(self.data.words), len(self.data.intents), len(self.data.tags)
         return Encoder(*sizes, **options, positions=self.train.tokens.shape[1], generator=generator)
+
+    def batches(self, size: int, generator: Generator) -> list[Tensor]:
+        """The training sentences of one epoch, by their indices, in batches of like lengths, in random order.
+
+        A batch is as long as its longest sentence, and a query takes as long as the batch: sorting by length within
+        random portions of `SORTED` batches halves both.
+        """
+        lengths, batches = (self.train.tokens != 0).sum(1).cpu(), []
+        for portion in torch.randperm(len(lengths), generator=generator).split(SORTED * size):
+            batches += portion[lengths[portion].argsort(stable=True)].split(size)
+        return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
     def batch(self, part: atis.Split, index: Tensor) -> tuple:
         """Cut to the longest of these sentences."""

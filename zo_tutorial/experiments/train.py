@@ -166,15 +166,14 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
     first = progress["step"] // epoch_steps + 1 if progress["step"] < steps else epochs + 1
     for epoch in range(first, epochs + 1):
         before = (epoch - 1) * epoch_steps
-        order = torch.randperm(len(task.train[0]), generator=_generator(config, f"shuffle {epoch}"))
-        batches = order.to(task.train[0].device).split(config.training.batch_size)[: steps - before]
+        batches = task.batches(config.training.batch_size, _generator(config, f"shuffle {epoch}"))[: steps - before]
         done = progress["step"] - before
         active = [phase for phase in phases if before in phase.steps]
         look = {"desc": f"epoch {epoch}/{epochs}", "bar_format": BAR, "leave": False, "disable": quiet or None}
         with tqdm(total=len(batches), initial=done, **look) as bar:
             for batch in batches[done:]:
                 started = time.perf_counter()
-                inputs, targets = task.batch(task.train, batch)
+                inputs, targets = task.batch(task.train, batch.to(task.train[0].device))
                 losses = []
                 for phase in active:
                     losses.append(phase.optimizer.step(inputs, targets)[1].item())
@@ -262,19 +261,40 @@ def _phases(
     group, whole = config.optimizer, range(steps)
     if group.name == "mix":
         switch = min(steps, (group.switch_epoch - 1) * epoch_steps)
-        parts = [(group.SGD, range(switch)), (group.SCD, range(switch, steps))]
+        parts = [("SGD", group.SGD, masks, range(switch)), ("SCD", group.SCD, masks, range(switch, steps))]
     elif group.name == "split":
-        parts = [(group.SCD, whole), (group.SGD, whole)]
+        parts = []
+        for purpose, part in (("heads", group.heads), ("body", group.body)):
+            with _blame(config, f"optimizer: {purpose}"):
+                parts.append((purpose, part.method, _within(model, masks, part.modules), whole))
     else:
-        parts = [(group, whole)]
+        parts = [(group.name, group, masks, whole)]
     phases = []
-    for part, taken in parts:
-        options = part.model_dump(exclude={"name"})
+    for purpose, method, kept, taken in parts:
+        options = method.model_dump(exclude={"name"})
         with _blame(config, "optimizer"):
-            generator = _generator(config, f"optimizer {part.name}")
-            optimizer = METHODS[part.name](model, criterion, masks, **options, generator=generator)
+            generator = _generator(config, f"optimizer {purpose}")
+            optimizer = METHODS[method.name](model, criterion, kept, **options, generator=generator)
         phases.append(_Phase(optimizer, _scheduler(config, optimizer, epoch_steps, len(taken)), taken))
+    if group.name == "split":
+        both = phases[0].optimizer.trained.keys() & phases[1].optimizer.trained.keys()
+        if both:
+            raise ExperimentError(f"{config.file}: optimizer: heads and body both train {', '.join(sorted(both))}")
     return phases
+
+
+def _within(model: nn.Module, masks: dict[str, Tensor] | None, modules: list[str]) -> dict[str, Tensor]:
+    """The masks with nothing kept outside of some modules. Raises ValueError for a name that is none of the model's."""
+    known = dict(model.named_modules())
+    for name in modules:
+        if name not in known:
+            raise ValueError(f"modules: the model has no {name!r}; it has {', '.join(filter(None, known))}")
+    kept = {}
+    for name, parameter in model.named_parameters():
+        inside = any(name.startswith(f"{module}.") for module in modules)
+        whole = torch.full_like(parameter, inside, dtype=torch.bool)
+        kept[name] = (masks or {}).get(name, whole) & whole
+    return kept
 
 
 def _scheduler(config: Config, optimizer, epoch_steps: int, steps: int) -> lr_scheduler.LRScheduler:

@@ -17,7 +17,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     schedulers and checkpoints see one optimiser.
 
     Attributes:
-        trained: the trained parameters by name, in the order of `model.named_parameters()`.
+        trained: the trained parameters by name, in the order of `model.named_parameters()`; a mask that keeps nothing
+            of a parameter leaves it out.
         index: for each of them the flat positions its mask keeps, ascending; d of them in all.
         layers: the names of the trained parameters of each layer.
         generator: the source of all randomness of a step: directions, skipped coordinates, dropout masks.
@@ -34,8 +35,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         query_mode: str,
         memory: float = 512,
     ):
-        self.trained, self.layers = select_parameters(model, opt_layers_strs)
-        self.index = kept_positions(model, self.trained, masks)
+        selected, layers = select_parameters(model, opt_layers_strs)
+        self.index = {name: kept for name, kept in kept_positions(model, selected, masks).items() if len(kept)}
+        self.trained = {name: selected[name] for name in self.index}
+        kept = {layer: [name for name in names if name in self.index] for layer, names in layers.items()}
+        self.layers = {layer: names for layer, names in kept.items() if names}
         if generator is None:
             generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         self.generator = generator
