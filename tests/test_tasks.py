@@ -33,6 +33,8 @@ EVERYTHING = {
     "split": SPLIT,
 }
 
+PROVIDED = ["ATIS/TTM/FO", "ATIS/TTM/SCD_esti"]
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -153,7 +155,7 @@ def test_embedding_in_ttm(small):
         ({"optimizer": SPLIT | {"body": {}}}, "optimizer.body.modules: is missing"),
         ({"optimizer": SPLIT, "optimizer.body.method.lr": -1.0}, "optimizer.body.method.lr: should be greater than"),
         ({"optimizer": SPLIT, "optimizer.body.modules": ["feet"]}, "body: modules: the model has no 'feet'; it has"),
-        ({"optimizer": SPLIT, "optimizer.body.modules": ["intent.2"]}, "heads and body both train intent.2.bias, intent.2.weight"),
+        ({"optimizer": SPLIT, "optimizer.body.modules": ["intent.2"]}, "both train intent.2.bias, intent.2.weight"),
     ],
 )
 def test_a_bad_config_is_one_line(small, changes, message):
@@ -163,9 +165,30 @@ def test_a_bad_config_is_one_line(small, changes, message):
 
 
 def test_the_command_line(small, capsys):
-    assert main(["encoder", "--list"]) == 0 and capsys.readouterr().out == "ATIS/TTM/FO.yml\n"
+    assert main(["encoder", "--list"]) == 0 and capsys.readouterr().out == "".join(f"{name}.yml\n" for name in PROVIDED)
     assert main(["encoder", "-config", str(small), "--quick", "--epochs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("data: synthetic sentences") and json.loads(lines[-1])["name"] == "small"
     assert main(["mnist", "-config", str(small)]) == 2
     assert "trains a Encoder; the command for it is encoder" in capsys.readouterr().err
+
+
+def test_run_tensors_runs_the_provided_experiments_in_turn_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run_tensors", "--list", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "".join(f"{name}, seed 3\n" for name in PROVIDED)
+    assert main(["run_tensors", "configs/ATIS/TTM/FO.yml", "--quick", "--jobs", "1"]) == 0
+    (file,) = (tmp_path / "reproduced/run_tensors_quick").iterdir()
+    record = load_record(file)
+    assert file.name == "ATIS_TTM_FO_s0.json" and record["data"]["source"] == "synthetic"
+    assert "intent %" in capsys.readouterr().out
+    assert main(["run_tensors", "ATIS/TTM/FO", "--quick", "--jobs", "1"]) == 0 and load_record(file) == record
+    assert main(["run_tensors", "ATIS/TTM/nothing"]) == 2
+    assert "ATIS/TTM/nothing: is no encoder experiment of the package" in capsys.readouterr().err
+
+
+def test_coordinates_learn_more_than_the_majority_in_a_quick_run():
+    record = run(load_config("ATIS/TTM/SCD_esti", quick=True), quiet=True)
+    test, majority = record["test"], record["baseline"]
+    assert test["intent_accuracy"] > majority["intent_accuracy"] + 0.1
+    assert test["token_accuracy"] > majority["token_accuracy"] + 0.15 and test["slot_f1"] > 0.5

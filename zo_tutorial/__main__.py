@@ -1,4 +1,4 @@
-"""The command line: python -m zo_tutorial mnist|encoder|reproduce|data|plot|bench. `--help` after either says all."""
+"""The command line: python -m zo_tutorial mnist|encoder|run_tensors|reproduce|data|plot|bench; `--help` says all."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             out = getattr(arguments, "out", None)
             hint = f"the same command with --resume goes on from {out}" if out else "--out would have kept it"
-            if hasattr(arguments, "table"):
+            if hasattr(arguments, "jobs"):
                 hint = "the same command goes on where it stopped"
             print(f"{PROGRAM}: interrupted; {hint}", file=sys.stderr)
             return 130
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Train without back-propagation.", allow_abbrev=False)
-    listed = "mnist, encoder, reproduce, data, plot, bench"
+    listed = "mnist, encoder, run_tensors, reproduce, data, plot, bench"
     commands = parser.add_subparsers(required=True, metavar="command", help=listed)
     for name, folder, example, what in (
         ("mnist", "MNIST", "MNIST/FC/FO.yml", "an MNIST classifier"),
@@ -57,8 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--seed", type=int, help="training.seed")
         add("--epochs", type=int, help="training.epochs")
         add("--data", choices=("auto", "full", "embedded"), help="data.source")
-        add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
-        add("--device", default="cpu", help="cpu (the default), cuda, …")
+        _add_machine(add)
         add("--quick", action="store_true", help="the same config cut to seconds: embedded data, few epochs and steps")
         add(
             "--out",
@@ -67,22 +66,27 @@ def _parser() -> argparse.ArgumentParser:
             "never overwritten, except by --resume",
         )
         add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
+    turn = commands.add_parser("run_tensors", allow_abbrev=False, help="train the encoder by all its configs in turn")
+    turn.set_defaults(command=_run_tensors)
+    turn.add_argument("names", nargs="*", metavar="NAME", help="configs such as ATIS/TTM/FO; none: all of them")
+    turn.add_argument("--seed", type=int, help="training.seed")
+    turn.add_argument("--data", choices=("auto", "full", "embedded"), help="data.source")
     again = commands.add_parser("reproduce", allow_abbrev=False, help="make a table of runs again, and compare")
     again.set_defaults(command=_reproduce)
-    add = again.add_argument
-    add("table", nargs="?", choices=tables.table_names(), help="none: say what tables there are")
-    add("--list", action="store_true", help="print the runs of the table and end")
-    add("--only", default="", metavar="TEXT", help="only the rows whose name contains TEXT")
-    add("--quick", action="store_true", help="each run cut to seconds: embedded data, few epochs and steps, one seed")
-    add("--jobs", type=int, metavar="N", help="runs at a time, each with one thread; default: one for each core")
-    add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
-    add("--device", default="cpu", help="cpu (the default), cuda, …")
-    add(
-        "--out",
-        metavar="DIR",
-        help="the folder of the records, default reproduced/TABLE; those that are there are kept, and a run that was "
-        "cut off goes on: the same command goes on where it stopped",
-    )
+    again.add_argument("table", nargs="?", choices=tables.table_names(), help="none: say what tables there are")
+    again.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name contains TEXT")
+    for several in (turn, again):
+        add = several.add_argument
+        add("--list", action="store_true", help="print the runs and end")
+        add("--quick", action="store_true", help="cut to seconds each: embedded data, few epochs and steps, one seed")
+        add("--jobs", type=int, metavar="N", help="runs at a time, each with one thread; default: one for each core")
+        _add_machine(add)
+        add(
+            "--out",
+            metavar="DIR",
+            help="the folder of the records, default reproduced/TABLE or reproduced/run_tensors; those that are there "
+            "are kept, and a run that was cut off goes on: the same command goes on where it stopped",
+        )
     data = commands.add_parser("data", allow_abbrev=False, help="show which MNIST images there are")
     data.set_defaults(command=_data)
     data.add_argument("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
@@ -100,18 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_machine(add: Callable) -> None:
+    add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
+    add("--device", default="cpu", help="cpu (the default), cuda, …")
+
+
 def _train(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print("\n".join(f"{name}.yml" for name in names() if name.startswith(f"{arguments.folder}/")))
         return
     if not arguments.config:
         raise ExperimentError(f"{arguments.name} needs -config PATH; --list shows the package's configs")
-    shortcuts = {
-        "training.seed": arguments.seed,
-        "training.epochs": arguments.epochs,
-        "data.source": arguments.data,
-    }
-    overrides = {key: value for key, value in shortcuts.items() if value is not None}
+    overrides = _overrides({"training.epochs": arguments.epochs}, arguments)
     config = load_config(arguments.config, parse_overrides(arguments.set) | overrides, arguments.quick)
     command = "encoder" if config.model.name == "Encoder" else "mnist"
     if command != arguments.name:
@@ -120,19 +124,41 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 
 
+def _overrides(values: dict, arguments: argparse.Namespace) -> dict:
+    """The values by dotted key that are given on the command line."""
+    values |= {"training.seed": arguments.seed, "data.source": arguments.data}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _run_tensors(arguments: argparse.Namespace) -> None:
+    provided = [name for name in names() if name.startswith("ATIS/")]
+    chosen = [name.removeprefix("configs/").removesuffix(".yml") for name in arguments.names] or provided
+    for name in chosen:
+        if name not in provided:
+            raise ExperimentError(f"{name}: is no encoder experiment of the package; there are {', '.join(provided)}")
+    overrides = _overrides({}, arguments)
+    runs = [tables.Run(name, load_config(name, overrides, arguments.quick)) for name in dict.fromkeys(chosen)]
+    _run_all(runs, arguments, "run_tensors")
+
+
 def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.table is None:
         raise ExperimentError(f"reproduce needs a table: {', '.join(tables.table_names())}")
+    runs = tables.load_table(arguments.table, arguments.quick, arguments.only)
+    recorded = None if arguments.quick else tables.RECORDED / arguments.table
+    _run_all(runs, arguments, arguments.table, recorded)
+
+
+def _run_all(runs: list, arguments: argparse.Namespace, folder: str, recorded: Path | None = None) -> None:
+    """Make the runs, and compare them with those in the folder `recorded`."""
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ExperimentError(f"--jobs {arguments.jobs}: should be at least 1")
-    runs = tables.load_table(arguments.table, arguments.quick, arguments.only)
     if arguments.list:
         print("\n".join(f"{one.row}, seed {one.config.training.seed}" for one in runs))
         return
-    out = Path(arguments.out or f"reproduced/{arguments.table}{'_quick' if arguments.quick else ''}")
+    out = Path(arguments.out or f"reproduced/{folder}{'_quick' if arguments.quick else ''}")
     records = tables.reproduce(runs, out, root=arguments.root, device=arguments.device, jobs=arguments.jobs)
-    recorded = tables.RECORDED / arguments.table
-    print(tables.comparison(runs, records, None if arguments.quick else recorded))
+    print(tables.comparison(runs, records, recorded))
     print(f"records: {out}")
     failed = sum(isinstance(record, str) for record in records)
     if failed:
