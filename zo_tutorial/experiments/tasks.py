@@ -101,8 +101,8 @@ class Sentences:
     def batches(self, size: int, generator: Generator) -> list[Tensor]:
         """The training sentences of one epoch, by their indices, in batches of like lengths, in random order.
 
-        A batch is as long as its longest sentence, and a query takes as long as the batch: sorting by length within
-        random portions of `SORTED` batches halves both.
+        A batch is as long as its longest sentence, and padding costs as much as words: sorting by length within random
+        portions of `SORTED` batches takes the padded size of an epoch of full ATIS from 2.0 to 1.1 times its words.
         """
         lengths, batches = (self.train.tokens != 0).sum(1).cpu(), []
         for portion in torch.randperm(len(lengths), generator=generator).split(SORTED * size):
