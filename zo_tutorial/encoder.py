@@ -27,8 +27,8 @@ class Encoder(nn.Module):
         segments: kinds of sentence parts.
         dropout: of embeddings, attention weights, and the output of every part of a block.
         focus: (offset, slope) of each head: where it looks before it has learned anything. From its score for the
-            token at j, seen from i, slope · |j − i − offset| is taken away (Press et al., 2022, have offset 0). None:
-            nothing is.
+            token at j, seen from i, slope times the distance of j from i + offset is taken away (Press et al., 2022,
+            have offset 0). None: nothing is.
         position_scale: standard deviation of the position and segment embeddings at the start; that of words is 1.
         branch_scale: the last layer of attention and of feed-forward part starts with weights so many times as large:
             with a small one, a block hardly changes what it is given.
