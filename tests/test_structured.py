@@ -550,7 +550,6 @@ def test_memory_is_bounded(name, mode, memory, tmp_path):
     """Tensors take less than was allowed (MB) over what the loop needs; with too little, there is the loop."""
     command = [sys.executable, "-c", MEASURE, mode, name, str(memory), str(tmp_path / "trace.json")]
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    print(grown)
     assert 0 < grown < memory
 
 
