@@ -33,7 +33,7 @@ EVERYTHING = {
     "split": SPLIT,
 }
 
-PROVIDED = ["ATIS/GraSP/FO", "ATIS/TTM/FO", "ATIS/TTM/SCD_esti", "ATIS/TTM/SGD"]
+PROVIDED = ["ATIS/GraSP/FO", "ATIS/TTM/FO", "ATIS/TTM/SCD_batch", "ATIS/TTM/SCD_esti", "ATIS/TTM/SGD"]
 
 
 @pytest.fixture
