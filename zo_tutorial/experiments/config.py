@@ -133,12 +133,13 @@ class Encoder(Group):
     )
     embedding_rank: int = Field(30, ge=1, description="bound for the ranks of that embedding")
 
-    def factors_of(self, width: int) -> list[int]:
-        """The factors of a width. Raises ValueError where none are given."""
+    def factors_of(self, width: int, count: int | None = None) -> list[int]:
+        """The first factors of a width that are given, or the first so many. Raises ValueError where there are none."""
         for factors in self.factors:
-            if prod(factors) == width:
+            if prod(factors) == width and count in (None, len(factors)):
                 return factors
-        raise ValueError(f"factors: none of {self.factors} multiply to the width {width}")
+        number = "" if count is None else f"{count} "
+        raise ValueError(f"factors: none of {self.factors} are {number}that multiply to the width {width}")
 
 
 class Pruning(Group):

@@ -88,7 +88,7 @@ class Sentences:
             return TensorizedLinear_module(n, m, True, shape, group.tensor_type, group.max_rank, generator=generator)
 
         def embedding(words: int, width: int) -> nn.Module:
-            shape = [group.word_factors, group.factors_of(width)]
+            shape = [group.word_factors, group.factors_of(width, len(group.word_factors))]
             return TensorizedEmbedding_module(words, width, shape, group.embedding_rank, generator=generator)
 
         if group.tensor_type:
