@@ -151,6 +151,7 @@ def test_embedding_in_ttm(small):
     "changes, message",
     [
         ({"model.factors": [[4, 4]]}, "model: factors: none of [[4, 4]] multiply to the width 32"),
+        ({"model.word_factors": [9, 9, 9]}, "none of [[4, 4], [4, 8]] multiply to the width 16 by 3 factors"),
         ({"model.heads": 3}, "model: d_model = 16 is no multiple of heads = 3"),
         ({"model.word_factors": [2, 3]}, "model: the factors [2, 3] and [4, 4] do not make a table"),
         ({"model.focus": [[0, 1.0]]}, "model: focus has 1 pairs of offset and slope for 2 heads"),

@@ -138,8 +138,8 @@ class Encoder(Group):
         for factors in self.factors:
             if prod(factors) == width and count in (None, len(factors)):
                 return factors
-        number = "" if count is None else f"{count} "
-        raise ValueError(f"factors: none of {self.factors} are {number}that multiply to the width {width}")
+        number = "" if count is None else f" by {count} factors"
+        raise ValueError(f"factors: none of {self.factors} multiply to the width {width}{number}")
 
 
 class Pruning(Group):
