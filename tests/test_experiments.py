@@ -192,7 +192,9 @@ def test_name_and_hash(small, tmp_path):
     below.write_text(SMALL)
     assert load_config(below).name == "mine/run"
     assert load_config(below).hash() == load_config(small).hash()  # of what is run, not of where it is written
-    assert load_config(small, {"optimizer.lr": 0.051}).hash() != load_config(small).hash()
+    for other in ({"optimizer.lr": 0.051}, {"pruning.modules": ["fc1"]}):
+        assert load_config(small, other).hash() != load_config(small).hash()
+    assert load_config(small, {"pruning.modules": None}).hash() == load_config(small).hash()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -392,6 +394,7 @@ def test_a_diverging_run_is_an_error(small):
         ({"optimizer.momentum": 0.9}, "optimizer: adam has moments of its own"),
         ({"optimizer": {"name": "SCD", "grad_estimator": "sign", "adam": True}}, "optimizer: grad_estimator 'sign'"),
         ({"optimizer.opt_layers_strs": ["nn.Conv2d"]}, "optimizer: opt_layers_strs: the model has no layer of"),
+        ({"pruning.modules": ["depths"]}, "pruning: modules: the model has no 'depths'; it has "),
         ({"pruning.per_class": 401}, "pruning: 401 examples of each class asked for"),
         ({"model": {"name": "MNIST_TTM", "in_factors": [3, 7, 7, 4]}}, "model: the in factors [3, 7, 7, 4] do not"),
         ({"model": {"name": "MNIST_FC", "hidden": 1}, "pruning.target_ratio": 0.9999}, None),  # one weight is left

@@ -136,6 +136,23 @@ def test_cores_of_ttm_layers_are_scored():
     assert sum(int((~mask).sum()) for mask in masks.values()) == 752
 
 
+def test_only_weights_in_the_named_modules_are_removed():
+    net = tiny()
+    x, y = batch()
+    scores = pruning.grasp_scores(net, cross_entropy, x, y)["2.weight"]  # (3, 4), of the loss of the whole net
+    masks = pruning.grasp(net, cross_entropy, x, y, 0.5, modules=["2"])
+    assert masks.keys() == {"2.weight"} and torch.equal(masks["2.weight"], scores < scores.flatten().sort()[0][6])
+    for other in (
+        pruning.snip(net, cross_entropy, x, y, 0.5, ["2"]),
+        pruning.magnitude(net, 0.5, ["2"]),
+        pruning.random(net, 0.5, torch.Generator().manual_seed(0), ["2"]),
+    ):
+        assert other.keys() == {"2.weight"} and other["2.weight"].sum() == 6
+    for module, message in (("3", "the model has no '3'; it has 0, 1, 2"), ("1", "no weight to prune in 1")):
+        with pytest.raises(ValueError, match=message):
+            pruning.magnitude(net, 0.5, [module])
+
+
 def test_dense_mnist_keeps_10164():
     net = MNIST_FC()
     masks = pruning.magnitude(net, 0.95)

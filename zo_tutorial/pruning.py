@@ -1,7 +1,8 @@
 """Lottery tickets at initialisation: which weights to keep before any training. Chapter 5 derives the score.
 
 Every method gives masks: {parameter name: bool tensor of its shape, True = kept} over the prunable parameters, the
-weights and cores of all supported layers. Biases are never pruned. int(target_ratio · N) of all N weights are removed.
+weights and cores of all supported layers, or of those in some modules. Biases are never pruned. int(target_ratio · N)
+of these N weights are removed.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,17 @@ from torch.func import functional_call
 
 from zo_tutorial.estimators import finite_difference
 from zo_tutorial.queries import LossQueries
-from zo_tutorial.selection import select_parameters
+from zo_tutorial.selection import names_within, select_parameters
 
 
 def grasp(
-    model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float, temperature: float = 200.0
+    model: nn.Module,
+    criterion: Callable,
+    inputs,
+    targets,
+    target_ratio: float,
+    temperature: float = 200.0,
+    modules: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """GraSP (Wang, Zhang and Grosse, 2020): remove the weights with the largest scores, under one global threshold.
 
@@ -26,12 +33,13 @@ def grasp(
         inputs, targets: a class-balanced batch.
         target_ratio: fraction of the weights that is removed, 0 ≤ target_ratio < 1.
         temperature: T, by which the logits are divided.
+        modules: names of modules, such as "blocks"; only their weights can be removed. None: those of all layers.
 
     Raises:
-        ValueError: impossible `target_ratio`, or no supported layer.
+        ValueError: impossible `target_ratio`, an unknown module, or no supported layer.
     """
-    scores = grasp_scores(model, criterion, inputs, targets, temperature)
-    return _remove_lowest({name: -score for name, score in scores.items()}, target_ratio)
+    scores = grasp_scores(model, criterion, inputs, targets, temperature)  # of all, as all will be trained
+    return _remove_lowest({name: -scores[name] for name in _prunable(model, modules)}, target_ratio)
 
 
 def grasp_scores(
@@ -113,24 +121,28 @@ def grasp_scores_from_losses(
     return scores, queries.count
 
 
-def snip(model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float) -> dict[str, Tensor]:
+def snip(
+    model: nn.Module, criterion: Callable, inputs, targets, target_ratio: float, modules: list[str] | None = None
+) -> dict[str, Tensor]:
     """SNIP (Lee, Ajanthan and Torr, 2019): keep the weights with the largest `|θ ⊙ g|`."""
     theta, loss = _loss_at_weights(model, criterion, inputs, targets)
     g = torch.autograd.grad(loss, theta.values())
     scores = {name: (w.detach() * gradient).abs() for (name, w), gradient in zip(theta.items(), g, strict=True)}
-    return _remove_lowest(scores, target_ratio)
+    return _remove_lowest({name: scores[name] for name in _prunable(model, modules)}, target_ratio)
 
 
-def magnitude(model: nn.Module, target_ratio: float) -> dict[str, Tensor]:
+def magnitude(model: nn.Module, target_ratio: float, modules: list[str] | None = None) -> dict[str, Tensor]:
     """Keep the weights with the largest `|θ|`."""
-    return _remove_lowest({name: w.detach().abs() for name, w in _prunable(model).items()}, target_ratio)
+    return _remove_lowest({name: w.detach().abs() for name, w in _prunable(model, modules).items()}, target_ratio)
 
 
-def random(model: nn.Module, target_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
+def random(
+    model: nn.Module, target_ratio: float, generator: torch.Generator, modules: list[str] | None = None
+) -> dict[str, Tensor]:
     """Keep weights at random, the same share in every layer (to within one weight)."""
     _check_ratio(target_ratio)
     masks, seen, removed = {}, 0, 0
-    for name, weight in _prunable(model).items():
+    for name, weight in _prunable(model, modules).items():
         seen += weight.numel()
         now = int(target_ratio * seen) - removed  # rounded on the running total, so the whole is int(ratio · N)
         masks[name] = torch.ones_like(weight, dtype=torch.bool)
@@ -164,9 +176,13 @@ def table(masks: dict[str, Tensor]) -> str:
     return "\n".join(lines)
 
 
-def _prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+def _prunable(model: nn.Module, modules: list[str] | None = None) -> dict[str, nn.Parameter]:
     trained, _ = select_parameters(model, [])
-    return {name: parameter for name, parameter in trained.items() if name.rpartition(".")[2] != "bias"}
+    inside = trained if modules is None else names_within(model, modules)
+    weights = {name: p for name, p in trained.items() if name in inside and name.rpartition(".")[2] != "bias"}
+    if not weights:
+        raise ValueError(f"modules: no weight to prune in {', '.join(modules or [])}")
+    return weights
 
 
 @torch.no_grad()

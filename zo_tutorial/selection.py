@@ -44,6 +44,15 @@ def select_parameters(model: nn.Module, opt_layers_strs: str | list[str]) -> tup
     return trained, layers
 
 
+def names_within(model: nn.Module, modules: list[str]) -> set[str]:
+    """The names of the parameters in some modules. Raises ValueError for a name that is none of the model's modules."""
+    known = dict(model.named_modules())
+    for name in modules:
+        if name not in known:
+            raise ValueError(f"modules: the model has no {name!r}; it has {', '.join(filter(None, known))}")
+    return {f"{module}.{name}" for module in modules for name, _ in known[module].named_parameters()}
+
+
 def kept_positions(model: nn.Module, trained: dict, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The flat positions of each trained parameter that its mask keeps; all of them where it has no mask.
 

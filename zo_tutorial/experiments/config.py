@@ -147,6 +147,12 @@ class Pruning(Group):
 
     method: Literal["grasp", "snip", "magnitude", "random"] = Field("grasp", description="how weights are scored")
     target_ratio: Share = Field(description="fraction of the weights that is removed")
+    modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        exclude_if=lambda modules: modules is None,  # so configs without it keep their hash, and their records
+        description="names of modules, such as blocks: only their weights are counted and removed; no key: all",
+    )
     per_class: int = Field(10, ge=1, description="images of each class in the batch that grasp and snip score on")
     temperature: float = Field(200.0, gt=0, description="grasp divides the logits by it")
     shuffle: bool = Field(False, description="shuffle the mask within each parameter, as a control")

@@ -20,6 +20,7 @@ from zo_tutorial.experiments.record import commit, load_record, machine, save_re
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
+from zo_tutorial.selection import names_within
 
 METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
 BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
@@ -236,19 +237,20 @@ def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | 
     """The masks, with the removed weights of `model` set to zero; None without pruning."""
     if config.pruning is None:
         return None
-    method, ratio, generator = config.pruning.method, config.pruning.target_ratio, _generator(config, "pruning")
+    group, generator = config.pruning, _generator(config, "pruning")
+    ratio, modules = group.target_ratio, group.modules
     with _blame(config, "pruning"):
-        if method == "magnitude":
-            masks = pruning.magnitude(model, ratio)
-        elif method == "random":
-            masks = pruning.random(model, ratio, generator)
+        if group.method == "magnitude":
+            masks = pruning.magnitude(model, ratio, modules)
+        elif group.method == "random":
+            masks = pruning.random(model, ratio, generator, modules)
         else:
-            batch = task.sample(config.pruning.per_class, generator)
-            if method == "snip":
-                masks = pruning.snip(model, task.loss, *batch, ratio)
+            batch = task.sample(group.per_class, generator)
+            if group.method == "snip":
+                masks = pruning.snip(model, task.loss, *batch, ratio, modules)
             else:
-                masks = pruning.grasp(model, task.loss, *batch, ratio, config.pruning.temperature)
-        if config.pruning.shuffle:
+                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules)
+        if group.shuffle:
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)
     return masks
@@ -285,14 +287,9 @@ def _phases(
 
 def _within(model: nn.Module, masks: dict[str, Tensor] | None, modules: list[str]) -> dict[str, Tensor]:
     """The masks with nothing kept outside of some modules. Raises ValueError for a name that is none of the model's."""
-    known = dict(model.named_modules())
-    for name in modules:
-        if name not in known:
-            raise ValueError(f"modules: the model has no {name!r}; it has {', '.join(filter(None, known))}")
-    kept = {}
+    inside, kept = names_within(model, modules), {}
     for name, parameter in model.named_parameters():
-        inside = any(name.startswith(f"{module}.") for module in modules)
-        whole = torch.full_like(parameter, inside, dtype=torch.bool)
+        whole = torch.full_like(parameter, name in inside, dtype=torch.bool)
         kept[name] = (masks or {}).get(name, whole) & whole
     return kept
 
