@@ -13,7 +13,7 @@ from torch import nn
 from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import select_parameters
-from zo_tutorial.structured import ConvolutionHead
+from zo_tutorial.queries.suffix import ConvolutionHead
 
 
 class Residual(nn.Module):
@@ -99,7 +99,7 @@ MODELS = {
 
 def pair(model, mode, criterion=F.cross_entropy, **options):
     """Queries of the same model in a mode and in a loop."""
-    trained, _ = select_parameters(model, [])
+    trained = select_parameters(model).trained
     return [LossQueries(model, criterion, trained, m, **options) for m in (mode, "loop")]
 
 
@@ -111,9 +111,9 @@ def close(a, b):
 def compare(model, batch, mode, criterion=F.cross_entropy, shifts=(0.1, -0.1), every=1):
     """All coordinates and some directions give the losses and counts of the loop; returns the ways that were taken."""
     queries, loop = pair(model, mode, criterion)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     for seed in range(2):
         close(queries.start(*batch, seed)[1], loop.start(*batch, seed)[1])
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         for name, parameter in loop.parameters.items():
             index = torch.arange(seed, parameter.numel(), every)
             if len(index):
@@ -123,9 +123,14 @@ def compare(model, batch, mode, criterion=F.cross_entropy, shifts=(0.1, -0.1), e
         u = torch.randn(3, sum(map(len, index.values())), generator=generator, dtype=batch_dtype(batch))
         for scales in ([0.01, -0.01], [0.02]):
             close(queries.directions(index, u, scales), loop.directions(index, u, scales))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert queries.count == loop.count
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    return {(kind[0], way) for way, kind in queries.compared}
+    return taken(queries)
+
+
+def taken(queries):
+    """The (kind of round, way) pairs that answered, the loop aside."""
+    return {(key[0], way) for key, (way, _) in queries.ways().items() if way != "loop"}
 
 
 def batch_dtype(batch):
@@ -178,7 +183,7 @@ def test_a_changed_channel_meets_one_channel_of_the_next_layer():
     queries.start(torch.randn(8, 784), torch.randint(10, (8,)), seed=0)
     for name in ("conv1.weight", "conv2.bias", "conv3.weight"):
         queries.coordinates(name, torch.arange(2), [0.1])
-        assert isinstance(queries.tape.behind[model.get_submodule(name[:5])].head, ConvolutionHead)
+        assert isinstance(queries.evaluation.recording.layers_seen[model.get_submodule(name[:5])].head, ConvolutionHead)
 
 
 def joint(outputs, targets):
@@ -198,7 +203,7 @@ def test_only_one_term_of_a_joint_cross_entropy_moves(batch, ignored):
     queries.start(inputs, (batch[1], tokens), seed=0)
     for name in ("token.weight", "whole.weight"):
         queries.coordinates(name, torch.arange(2), [0.1])
-        behind = queries.tape.behind[model.get_submodule(name[:5])]
+        behind = queries.evaluation.recording.layers_seen[model.get_submodule(name[:5])]
         rows = (tokens >= 0).sum() if name == "token.weight" else len(batch[1])
         assert behind.series is not None and behind.z.shape[1] == rows
 
@@ -297,7 +302,7 @@ def test_descent_takes_the_path_of_the_loop(name, three_points, mode, batch):
         more = queries.coordinates(name_, torch.arange(2), [0.1])
         results.append((list(twin.parameters()), queries.count, running, more))
         if m == "structured":
-            assert {way for way, _ in queries.compared} == {"structured"}
+            assert {way for _, way in taken(queries)} == {"structured"}
     (mine, count, running, more), (theirs, expected, reference, others) = results
     assert all(map(torch.equal, mine, theirs))
     assert count == expected and running == pytest.approx(reference, rel=1e-10)
@@ -385,7 +390,7 @@ def test_a_weight_that_is_not_read_just_once_is_batched(make, name, mode, batch)
     queries, _ = pair(model, mode)
     queries.start(*batch, seed=0)
     queries.coordinates(name, torch.arange(2), [0.1])
-    assert [way for way, _ in queries.compared] == ["batched"]
+    assert taken(queries) == {("coordinates", "batched")}
 
 
 def test_a_criterion_that_reads_the_weights_is_seen(batch):
@@ -418,6 +423,7 @@ class Accumulates(Decides):
         self.register_buffer("sum", torch.zeros(8, 3))
 
     def forward(self, x):
+        self.sum.zero_()
         self.sum += self.linear(x)
         return self.sum
 

@@ -19,7 +19,7 @@ from zo_tutorial.data import mnist
 from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.pruning import apply_masks, grasp
-from zo_tutorial.selection import kept_positions, select_parameters
+from zo_tutorial.selection import chosen_positions, kept_positions, select_parameters
 
 BATCH = 128
 COORDINATES = dict(grad_sparsity=0.0, lr=1e-3, h_smooth=1e-3, STP=True)
@@ -190,8 +190,7 @@ def _models(device) -> dict:
 
 def _kept(model, masks) -> dict:
     """The trained positions of each parameter."""
-    trained, _ = select_parameters(model, [])
-    return kept_positions(model, trained, masks)
+    return kept_positions(select_parameters(model).trained, masks)
 
 
 def _thinned(model, masks, share: float, generator: torch.Generator) -> dict:
@@ -203,7 +202,7 @@ def _thinned(model, masks, share: float, generator: torch.Generator) -> dict:
     thinned = {}
     for (name, positions), kept in zip(index.items(), chosen.split(sizes), strict=True):
         thinned[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
-        thinned[name].view(-1)[positions.cpu()[kept]] = True
+        thinned[name].view(-1)[chosen_positions(positions, kept).cpu()] = True
     return thinned
 
 

@@ -9,14 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-DIRECTIONS = ("gaussian", "rademacher", "orthogonal")
+from zo_tutorial.directions import Directions
 
 
 def random_directions(n: int, d: int, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
-    """Draw n random directions with E[u uᵀ] = I.
-
-    gaussian: u ~ N(0, I). rademacher: independent signs ±1. orthogonal: n ≤ d uniformly random directions at right
-    angles to each other, each of length √d.
+    """Draw n random directions with E[u uᵀ] = I: gaussian, rademacher or orthogonal, as `Directions` says.
 
     Returns:
         (n, d), in the default dtype, on the generator's device.
@@ -24,22 +21,10 @@ def random_directions(n: int, d: int, kind: str = "gaussian", generator: torch.G
     Raises:
         ValueError: unknown kind, or more than d orthogonal directions.
     """
-    device = generator.device if generator is not None else None
-    if kind not in DIRECTIONS:
-        raise ValueError(f"directions {kind!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
-    if kind == "rademacher":
-        return 2.0 * torch.randint(2, (n, d), generator=generator, device=device) - 1.0
-    u = torch.randn(n, d, generator=generator, device=device)
-    if kind == "gaussian":
-        return u
-    if n > d:
-        raise ValueError(f"{n} orthogonal directions do not fit into {d} dimensions")
-    q, r = torch.linalg.qr(u.T)  # (d, n), (n, n)
-    # The signs of diag(r) make q uniform over all orthonormal frames (Mezzadri, 2007).
-    return d**0.5 * (q * r.diagonal().sign()).T
+    return Directions(n, d, kind, generator).rows(0, n)
 
 
-def from_directions(directions: Tensor, difference: Tensor, distance: float) -> Tensor:
+def from_directions(directions: Tensor | Directions, difference: Tensor, distance: float) -> Tensor:
     """ĝ = 1/n Σ_i (difference_i / distance) u_i: the random-direction estimator (Nesterov and Spokoiny, 2017).
 
     One-sided: difference L(θ+σu_i) − L(θ), distance σ. Two-sided: L(θ+σu_i) − L(θ−σu_i), distance 2σ.
@@ -51,7 +36,10 @@ def from_directions(directions: Tensor, difference: Tensor, distance: float) -> 
     Returns:
         (d,).
     """
-    return (difference / distance) @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
+    weights = difference / distance
+    if isinstance(directions, Directions):
+        return directions.combined(weights) / directions.n
+    return weights @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
 
 
 def estimate_gradient(
@@ -80,8 +68,12 @@ def estimate_gradient(
     return from_directions(u, plus - loss(theta[None]), sigma)
 
 
-def finite_difference(plus: Tensor, other: Tensor, distance: float) -> Tensor:
-    """ĝ_i = (L(θ+h e_i) − L(θ)) / h, or two-sided (L(θ+h e_i) − L(θ−h e_i)) / 2h. Chapter 4."""
+def finite_difference(plus: Tensor, other: Tensor, distance: float | Tensor) -> Tensor:
+    """ĝ_i = (L(θ+h e_i) − L(θ)) / h, or two-sided (L(θ+h e_i) − L(θ−h e_i)) / 2h. Chapter 4.
+
+    Args:
+        distance: between the two points, h or 2h; of each coordinate where rounding has made them different.
+    """
     return (plus - other) / distance
 
 

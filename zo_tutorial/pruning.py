@@ -177,7 +177,7 @@ def table(masks: dict[str, Tensor]) -> str:
 
 
 def _prunable(model: nn.Module, modules: list[str] | None = None) -> dict[str, nn.Parameter]:
-    trained, _ = select_parameters(model, [])
+    trained = select_parameters(model).trained
     inside = trained if modules is None else names_within(model, modules)
     weights = {name: p for name, p in trained.items() if name in inside and name.rpartition(".")[2] != "bias"}
     if not weights:

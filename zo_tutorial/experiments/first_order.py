@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
+from zo_tutorial.queries import call
+from zo_tutorial.randomness import seeded
 
 
 class FirstOrder(ZerothOrderOptimizer):
@@ -35,25 +37,25 @@ class FirstOrder(ZerothOrderOptimizer):
         *,
         generator: torch.Generator,
     ):
-        self.model, self.criterion = model, criterion
-        rule = torch_rule(lr, adam, beta_1, beta_2, eps, momentum, weight_decay, dampening)
-        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, "loop")
+        self.criterion = criterion
+        sgd = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
+        rule = torch_rule(None, adam, (beta_1, beta_2), eps, **sgd)
+        super().__init__(model, criterion, masks, opt_layers_strs, None, rule, lr, generator, "loop")
 
-    def step(self, inputs, targets) -> tuple:
-        """One update from a forward and a backward pass; returns (outputs, loss) before the update.
+    def _estimate_from(self, inputs, targets, closure) -> tuple:
+        """The true gradient, from a forward and a backward pass; (outputs, loss) before the update.
 
         Raises FloatingPointError where the loss is NaN or infinite.
         """
         self.loss_queries.steps += 1
         self.loss_queries.count += 1
-        seed = torch.randint(2**62, (), generator=self.generator).item()
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(seed)  # of dropout masks
-            outputs = self.model(inputs)
+        with seeded(self._seed()), torch.enable_grad():
+            outputs = call(self.model, inputs)
             loss = self.criterion(outputs, targets)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.loss_queries.steps}")
         gradients = torch.autograd.grad(loss, list(self.trained.values()))
-        self._update({name: g.flatten()[self.index[name]] for name, g in zip(self.trained, gradients, strict=True)})
+        for (name, index), gradient in zip(self.index.items(), gradients, strict=True):
+            self._add(name, gradient.flatten() if isinstance(index, range) else gradient.flatten()[index])
         outputs = tuple(o.detach() for o in outputs) if isinstance(outputs, tuple) else outputs.detach()
         return outputs, loss.detach()

@@ -1,121 +1,267 @@
-"""What both optimisers share: which coordinates they train, the loss queries they ask, the update that torch makes."""
+"""What all optimisers share: which coordinates they train, the loss queries they ask, the update that torch makes."""
 
+import operator
 from collections.abc import Callable
+from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from zo_tutorial.queries import LossQueries
-from zo_tutorial.selection import kept_positions, select_parameters
+from zo_tutorial.selection import Layers, Parameters, kept_positions, layer_of, names_of, select_parameters
+
+Rule = Callable[..., torch.optim.Optimizer]  # makes an update rule: rule(parameters, lr=lr)
+ABSENT: Any = object()  # no targets are given, which is not the same as None
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """A torch optimiser whose gradients come from loss queries.
 
-    A subclass estimates ĝ and hands it to `_update`, which writes it into `.grad` and lets `rule`, an optimiser of
-    torch.optim, move the weights. The rule shares its parameter groups and state with this object, so learning-rate
+    A step is an estimate and an update. `estimate` adds ĝ to the `.grad` of the trained parameters, as `backward`
+    would; `update` lets `rule`, an optimiser of torch.optim, move the weights along `.grad`. Between the two, gradients
+    can be accumulated and clipped. The rule shares its parameter groups and state with this object, so learning-rate
     schedulers and checkpoints see one optimiser.
 
     Attributes:
+        model: what is trained.
         trained: the trained parameters by name, in the order of `model.named_parameters()`; a mask that keeps nothing
             of a parameter leaves it out.
-        index: for each of them the flat positions its mask keeps, ascending; d of them in all.
+        index: for each of them the flat positions its mask keeps, ascending; d of them in all. A range where all are.
         layers: the names of the trained parameters of each layer.
+        left_out: {parameter name: why it is not trained}.
         generator: the source of all randomness of a step: directions, skipped coordinates, dropout masks.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable,
         criterion: Callable,
         masks: dict[str, Tensor] | None,
-        opt_layers_strs: str | list[str],
-        rule: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        opt_layers_strs: Layers,
+        parameters: Parameters | None,
+        rule: Rule,
+        lr: float,
         generator: torch.Generator | None,
         query_mode: str,
         memory: float = 512,
     ):
-        selected, layers = select_parameters(model, opt_layers_strs)
-        self.index = {name: kept for name, kept in kept_positions(model, selected, masks).items() if len(kept)}
+        selected, self.left_out, groups = select_parameters(model, opt_layers_strs, parameters)
+        known = dict(model.named_parameters()) if isinstance(model, nn.Module) else selected
+        index = kept_positions(selected, masks, known)
+        self.left_out |= {name: "its mask keeps nothing" for name, kept in index.items() if not len(kept)}
+        self.model = model
+        self.index = {name: kept for name, kept in index.items() if len(kept)}
         self.trained = {name: selected[name] for name in self.index}
-        kept = {layer: [name for name in names if name in self.index] for layer, names in layers.items()}
-        self.layers = {layer: names for layer, names in kept.items() if names}
         if generator is None:
-            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.generator = generator
         self.loss_queries = LossQueries(model, criterion, self.trained, query_mode, memory)
-        self.rule = rule(list(self.trained.values()))
-        super().__init__(self.rule.param_groups, self.rule.defaults)
+        self.rule: torch.optim.Optimizer | None = None  # so that `add_param_group` knows that this is the beginning
+        for group in groups:
+            group["params"] = [self.trained[name] for name in group["params"] if name in self.trained]
+        made = rule(groups, lr=lr)
+        if isinstance(made, torch.optim.LBFGS):
+            raise ValueError("rule: LBFGS asks for losses itself, and needs exact gradients")
+        super().__init__(made.param_groups, made.defaults)
+        self.rule = made
         self._share_with_rule()
+
+    @property
+    def layers(self) -> dict[str, list[str]]:
+        layers: dict[str, list[str]] = {}
+        for name in self.trained:
+            owner = layer_of(self.model, name) if isinstance(self.model, nn.Module) else name
+            layers.setdefault(owner, []).append(name)
+        return layers
 
     @property
     def queries(self) -> int:
         """Loss queries asked so far."""
         return self.loss_queries.count
 
-    @property
-    def lr(self) -> float:
-        """The current learning rate, as a scheduler left it."""
-        return self.param_groups[0]["lr"]
+    def lr_of(self, name: str) -> float:
+        """The current learning rate of a parameter, that of its group as a scheduler left it."""
+        parameter = self.trained[name]
+        return next(float(g["lr"]) for g in self.param_groups if any(p is parameter for p in g["params"]))
 
-    def _start(self, inputs, targets) -> tuple:
-        """Ask for the unperturbed loss, with a fresh seed for the step's randomness."""
-        seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device).item()
-        return self.loss_queries.start(inputs, targets, seed)
+    def step(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
+        """One update, from the queries that the class docstring counts.
+
+        Args:
+            inputs, targets: a batch. A tuple or list of inputs is for `model(*inputs)`, a dict for `model(**inputs)`.
+            closure: instead of a batch, also as the only argument, as for optimisers of torch.optim: a function that
+                returns the loss at the present parameters. It is called once a query, and must not call `backward`.
+
+        Returns:
+            (outputs, loss) of the unperturbed model before the update; with a closure, the loss.
+        """
+        closure = self._closure(inputs, targets, closure)
+        for parameter in self.trained.values():
+            parameter.grad = None
+        outputs, loss = self._estimate_from(inputs, targets, closure)
+        self.update()
+        return loss if closure is not None else (outputs, loss)
+
+    def estimate(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
+        """Add an estimate of the gradient to `.grad`; arguments and returns as in `step`."""
+        closure = self._closure(inputs, targets, closure)
+        outputs, loss = self._estimate_from(inputs, targets, closure)
+        return loss if closure is not None else (outputs, loss)
 
     @torch.no_grad()
-    def _update(self, estimate: dict[str, Tensor]) -> None:
-        """Write the estimate, one value a kept coordinate, into `.grad`; step; put back what the masks fix."""
+    def update(self) -> None:
+        """Move the weights along what stands in `.grad`. A weight that its mask takes out stays as it is."""
         fixed = {}
         for name, parameter in self.trained.items():
-            grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            grad.view(-1)[self.index[name]] = estimate[name].to(grad)
-            parameter.grad = grad
-            if len(self.index[name]) < parameter.numel():
-                fixed[name] = parameter.clone()
+            if not isinstance(self.index[name], range) and parameter.grad is not None:
+                kept = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+                kept.view(-1)[self.index[name]] = True
+                parameter.grad.masked_fill_(~kept, 0)
+                fixed[name] = kept, parameter.clone()
         self.rule.step()
-        for name, before in fixed.items():
-            kept = torch.zeros_like(before, dtype=torch.bool, memory_format=torch.contiguous_format)
-            kept.view(-1)[self.index[name]] = True
+        for name, (kept, before) in fixed.items():
             self.trained[name].copy_(torch.where(kept, self.trained[name], before))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters of the model, such as those of a layer that is unfrozen.
+
+        Raises ValueError for a parameter that is not the model's, is frozen, or is trained already.
+        """
+        if getattr(self, "rule", None) is None:  # the groups that the constructor makes
+            super().add_param_group(param_group)
+            return
+        if not isinstance(self.model, nn.Module):
+            raise ValueError("add_param_group: a model that is no module has all its parameters from the beginning")
+        names = names_of(self.model, param_group["params"])
+        again = [name for name in names if name in self.trained]
+        if again:
+            raise ValueError(f"add_param_group: {', '.join(again)}: trained already")
+        parameters = dict(self.model.named_parameters())
+        super().add_param_group(param_group | {"params": [parameters[name] for name in names]})
+        for name in names:
+            self.left_out.pop(name, None)
+            self.trained[name], self.index[name] = parameters[name], range(parameters[name].numel())
+
+    def report(self) -> str:
+        """What is trained, by which way its queries are answered, and why not by a faster one; what is left out."""
+        d = sum(map(len, self.index.values()))
+        lines = [
+            f"{type(self).__name__}: {d:,} coordinates of {len(self.trained)} parameters, {self.queries:,} queries in "
+            f"{self.loss_queries.steps:,} steps"
+        ]
+        answered = {name: answer for key, answer in self.loss_queries.ways().items() for name in key[1:]}
+        width = max(map(len, [*self.trained, *self.left_out]))
+        for name, parameter in self.trained.items():
+            way, reasons = answered.get(name, ("not asked yet", {}))
+            why = "".join(f"; not {other}: {reason}" for other, reason in reasons.items())
+            lines.append(f"  {name:{width}}  {len(self.index[name]):,} of {parameter.numel():,}  {way}{why}")
+        lines += [f"  {name:{width}}  left out: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+    __repr__ = report
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the model: state of the update rule, generator, counters, choices."""
+        state = super().state_dict() | {"generator": self.generator.get_state(), "identity": self._identity()}
+        return state | self.loss_queries.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state. Raises ValueError, and changes nothing, where it is that of another optimiser."""
+        missing = {"identity", "generator", "queries", "steps", "known"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"the state is not one of {type(self).__name__}: it has no {', '.join(sorted(missing))}")
+        theirs, mine = state_dict["identity"], self._identity()
+        for key in mine | theirs:
+            there, here = theirs.get(key), mine.get(key)
+            if there != here:
+                raise ValueError(f"the state belongs to another optimiser: {key} is {there!r} there and {here!r} here")
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._share_with_rule()
+        self.generator.set_state(state_dict["generator"].cpu())
+        self.loss_queries.load_state(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: everything but the wrappers that schedulers put around `step`."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "generator")} | {
+            "generator state": (str(self.generator.device), self.generator.get_state())
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        device, numbers = state.pop("generator state", (None, None))  # torch's load_state_dict comes through here too
+        super().__setstate__(state)
+        if device is not None:
+            self.generator = torch.Generator(device)
+            self.generator.set_state(numbers)
+
+    def _identity(self) -> dict[str, str]:
+        """What a state must fit: the class, and the coordinates of each parameter."""
+        identity = {"class": type(self).__name__}
+        for name, kept in self.index.items():
+            which = "all" if isinstance(kept, range) else f"{len(kept)}, sum {crc32(kept.cpu().numpy()):08x}"
+            identity[f"trained {name}"] = f"{which} of {self.trained[name].numel()}"
+        return identity
+
+    def _closure(self, inputs: Any, targets: Any, closure: Callable | None) -> Callable | None:
+        """The closure, however it is given; None where a batch is."""
+        if closure is None and targets is ABSENT and callable(inputs) and not isinstance(inputs, Tensor):
+            return inputs
+        if closure is None and targets is ABSENT:
+            raise TypeError("a step needs inputs and targets, or a closure that returns the loss")
+        return closure
+
+    def _seed(self) -> int:
+        """A fresh seed, for the step's randomness."""
+        return int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+
+    def _estimate_from(self, inputs: Any, targets: Any, closure: Callable | None) -> tuple:
+        outputs, loss = self.loss_queries.start(inputs, targets, self._seed(), closure=closure)
+        self._add_estimate(loss)
+        return outputs, loss
+
+    def _add_estimate(self, loss: Tensor) -> None:
+        """Add ĝ to the `.grad` of the trained parameters, through `_add`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _add(self, name: str, values: Tensor) -> None:
+        """Add the estimate of the kept coordinates of a parameter (K,) to its `.grad`."""
+        parameter, index = self.trained[name], self.index[name]
+        if isinstance(index, range):
+            grad = values.to(parameter).view(parameter.shape)
+        else:
+            grad = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            grad.view(-1)[index] = values.to(grad)
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
     def _share_with_rule(self) -> None:
         self.rule.param_groups, self.rule.state = self.param_groups, self.state
 
-    def state_dict(self) -> dict:
-        """All that a resumed run needs beside the model: state of the update rule, generator, counters."""
-        return super().state_dict() | {
-            "generator": self.generator.get_state(),
-            "queries": self.loss_queries.count,
-            "steps": self.loss_queries.steps,
-        }
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._share_with_rule()
-        self.generator.set_state(state_dict["generator"].cpu())
-        self.loss_queries.count = state_dict["queries"]
-        self.loss_queries.steps = state_dict["steps"]
+def torch_rule(rule: Rule | None, adam: bool, betas: tuple[float, float], eps: float, **sgd: float) -> Rule:
+    """The update rule: the one given, else torch.optim.Adam, or torch.optim.SGD with the options `sgd`.
 
-
-def torch_rule(
-    lr: float,
-    adam: bool,
-    beta_1: float,
-    beta_2: float,
-    eps: float,
-    momentum: float = 0,
-    weight_decay: float = 0,
-    dampening: float = 0,
-) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """What makes torch.optim.Adam, or torch.optim.SGD, from the parameters to train.
-
-    Raises ValueError for adam with momentum or dampening.
+    Raises ValueError for options that do not go together.
     """
+    if rule is not None:
+        if adam or any(sgd.values()):
+            raise ValueError("rule brings options of its own: leave adam, momentum, dampening and weight_decay alone")
+        return rule
     if not adam:
-        options = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        return lambda parameters: torch.optim.SGD(parameters, lr, **options)
-    if momentum or dampening:
+        return lambda parameters, lr: torch.optim.SGD(parameters, lr, **sgd)
+    if sgd.get("momentum") or sgd.get("dampening"):
         raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
-    options = {"betas": (beta_1, beta_2), "eps": eps, "weight_decay": weight_decay}
-    return lambda parameters: torch.optim.Adam(parameters, lr, **options)
+    decay = sgd.get("weight_decay", 0)
+    return lambda parameters, lr: torch.optim.Adam(parameters, lr, betas=betas, eps=eps, weight_decay=decay)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument as an int, of any integer type. Raises ValueError for what is none, and below 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return number

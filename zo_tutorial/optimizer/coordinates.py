@@ -1,12 +1,14 @@
 """ZO-SCD: stochastic coordinate descent from losses at shifted coordinates (chapter 4)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zo_tutorial.estimators import finite_difference, three_point_sign, two_point_sign
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
+from zo_tutorial.optimizer.base import ABSENT, Rule, ZerothOrderOptimizer, torch_rule
+from zo_tutorial.selection import Layers, Parameters, chosen_positions
 
 GRAD_ESTIMATORS = ("sign", "batch", "esti")
 
@@ -22,13 +24,13 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     smallest of L(θ+η e_i), L(θ−η e_i), L(θ) (1 + 2k queries). Probe and step are both the current learning rate η.
 
     esti: finite differences around the same θ, (L(θ+h e_i) − L(θ)) / h (1 + k queries); STP on: two-sided,
-    (L(θ+h e_i) − L(θ−h e_i)) / 2h (1 + 2k queries).
+    (L(θ+h e_i) − L(θ−h e_i)) / 2h (1 + 2k queries). h is the distance that rounding has left of `h_smooth`.
 
     batch and esti hand ĝ, zero for skipped coordinates, to torch.optim.SGD or torch.optim.Adam. Chapter 4 derives all
     three.
 
     Args:
-        model, criterion, masks, opt_layers_strs, generator, query_mode, memory: as for `ZO_SGD_mask`.
+        model, criterion, masks, opt_layers_strs, rule, parameters, generator, query_mode, memory: as for `ZO_SGD_mask`.
         lr: learning rate η; 0 is legal.
         grad_sparsity: probability that a trained coordinate is skipped in a step.
         h_smooth: finite-difference step h of esti.
@@ -52,14 +54,14 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable,
         criterion: Callable,
         masks: dict[str, Tensor] | None,
         lr: float = 0.1,
         grad_sparsity: float = 0.1,
         h_smooth: float = 0.001,
         grad_estimator: str = "sign",
-        opt_layers_strs: str | list[str] = [],  # noqa: B006 (never changed)
+        opt_layers_strs: Layers = [],  # noqa: B006 (never changed)
         STP: bool = True,
         momentum: float = 0,
         weight_decay: float = 0,
@@ -69,6 +71,8 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         beta_2: float = 0.98,
         eps: float = 1e-06,
         *,
+        rule: Rule | None = None,
+        parameters: Parameters | None = None,
         generator: torch.Generator | None = None,
         query_mode: str = "auto",
         memory: float = 512,
@@ -79,47 +83,54 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
             raise ValueError(f"grad_sparsity must lie between 0 and 1, not {grad_sparsity}")
         if not h_smooth > 0:
             raise ValueError(f"h_smooth must be above 0, not {h_smooth}")
-        if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam):
-            raise ValueError("grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening or adam")
+        if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam or rule):
+            raise ValueError(
+                "grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening, adam or rule"
+            )
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
         self.grad_estimator, self.STP = grad_estimator, STP
 
-        rule = torch_rule(lr, adam, beta_1, beta_2, eps, momentum, weight_decay, dampening)
-        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
+        sgd = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
+        made = torch_rule(rule, adam, (beta_1, beta_2), eps, **sgd)
+        super().__init__(
+            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory
+        )
 
-    def step(self, inputs, targets) -> tuple:
-        """One update; the class docstring counts its queries.
+    def step(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
+        """One update; the class docstring counts its queries. See `ZerothOrderOptimizer.step`."""
+        if self.grad_estimator != "sign":
+            return super().step(inputs, targets, closure=closure)
+        closure = self._closure(inputs, targets, closure)
+        outputs, loss = self.loss_queries.start(inputs, targets, self._seed(), closure=closure)
+        self._descend_in_turn(self._choose(), loss.item())
+        return loss if closure is not None else (outputs, loss)
 
-        Returns:
-            (outputs, loss) of the unperturbed model before the update.
-        """
-        outputs, loss = self._start(inputs, targets)
-        chosen = self._choose()
+    def _add_estimate(self, loss: Tensor) -> None:
         if self.grad_estimator == "sign":
-            self._descend_in_turn(chosen, loss.item())
-            return outputs, loss
-        estimate = {}
-        for name, kept in chosen.items():
-            estimate[name] = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
+            raise ValueError("grad_estimator 'sign' moves weights itself, it has no estimate to update from: use step")
+        for name, kept in self._choose().items():
+            estimate = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
             if kept.any():
-                estimate[name][kept] = self._estimate(name, self.index[name][kept], loss)
-        self._update(estimate)
-        return outputs, loss
+                estimate[kept] = self._estimate(name, chosen_positions(self.index[name], kept), loss)
+            self._add(name, estimate)
 
     def _choose(self) -> dict[str, Tensor]:
         """Toss a coin for each trained coordinate: True for those that this step does not skip."""
         d = sum(map(len, self.index.values()))
         toss = torch.rand(d, generator=self.generator, device=self.generator.device)
         kept = (toss >= self.grad_sparsity).split([len(positions) for positions in self.index.values()])
-        return {name: k.to(self.index[name].device) for name, k in zip(self.index, kept, strict=True)}
+        return {name: k.to(self.trained[name].device) for name, k in zip(self.index, kept, strict=True)}
 
     def _estimate(self, name: str, positions: Tensor, loss: Tensor) -> Tensor:
         """ĝ at some positions of one parameter: (K,)."""
-        step = self.h_smooth if self.grad_estimator == "esti" else self.lr
+        step = self.h_smooth if self.grad_estimator == "esti" else self.lr_of(name)
         losses = self.loss_queries.coordinates(name, positions, [step, -step] if self.STP else [step])  # (2 or 1, K)
         plus, minus = losses[0], losses[-1]
+        # 2h or h, as rounding has left it
+        distance = self.loss_queries.distances(name, positions, -step if self.STP else 0.0, step).to(losses)  # (K,)
         if self.grad_estimator == "esti":
-            return finite_difference(plus, minus, 2 * step) if self.STP else finite_difference(plus, loss, step)
+            slope = finite_difference(plus, minus if self.STP else loss, distance)
+            return torch.where(distance > 0, slope, 0.0)
         return three_point_sign(plus, minus, loss) if self.STP else two_point_sign(plus, loss)
 
     @torch.no_grad()
@@ -128,8 +139,10 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         before = {name: parameter.clone() for name, parameter in self.trained.items()}
         try:
             for name, kept in chosen.items():
-                positions = self.index[name][kept]
-                running = self.loss_queries.descend(name, positions, self.lr, self.STP, running)
+                positions, lr = chosen_positions(self.index[name], kept), self.lr_of(name)
+                if len(positions):
+                    self.loss_queries.distances(name, positions, -lr, lr)
+                running = self.loss_queries.descend(name, positions, lr, self.STP, running)
         except BaseException:
             for name, parameter in self.trained.items():
                 parameter.copy_(before[name])

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zo_tutorial.estimators import DIRECTIONS, from_directions, random_directions
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer, torch_rule
+from zo_tutorial.directions import DIRECTIONS, Directions
+from zo_tutorial.estimators import from_directions
+from zo_tutorial.optimizer.base import Rule, ZerothOrderOptimizer, torch_rule, whole_number
+from zo_tutorial.selection import Layers, Parameters
 
 
 class ZO_SGD_mask(ZerothOrderOptimizer):
@@ -18,25 +20,32 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
     2n (one-sided n) queries a layer, and one. Chapter 2 derives the estimate, chapter 3 the optimiser.
 
     Args:
-        model: a module with layers of the supported types. `requires_grad` is not looked at.
+        model: a module; or any function of the inputs, with its `parameters` given.
         criterion: a callable from (outputs, targets) to one number.
-        masks: {parameter name: bool tensor, True = trained}; a name left out is all True; None trains everything in
-            the chosen layers.
+        masks: {parameter name: bool tensor, True = trained}; a name left out is all True; None trains everything that
+            is chosen.
         lr: learning rate η; 0 is legal.
         sigma: smoothing radius σ.
         n_sample: number of directions n.
         signSGD: step along sign(ĝ).
         layer_by_layer: estimate the layers in turn, all around the same θ.
-        opt_layers_strs: a layer type or a list of them: nn.Linear, nn.Conv2d, TensorizedLinear,
-            TensorizedLinear_module, TensorizedLinear_module_tonn. None named: all of these.
+        opt_layers_strs: a layer type or a list of them, by name: nn.Linear, nn.Conv2d, TensorizedLinear,
+            TensorizedLinear_module, TensorizedLinear_module_tonn; or a class of modules. None named: all of these.
         two_sided: difference of θ+σu and θ−σu, else of θ+σu and θ.
         directions: "gaussian", "rademacher" or "orthogonal".
         adam: use torch.optim.Adam, with `beta_1`, `beta_2`, `eps`, instead of torch.optim.SGD.
+        rule: another update rule, called as rule(parameters, lr=lr): a class of torch.optim, or a `functools.partial`
+            of one with its options.
+        parameters: what is trained, instead of layer types: parameters or their names; groups of them with options of
+            their own, {"params": […], "lr": 0.1}; or a function from (name, parameter) to whether to train it. For a
+            model that is a function, {name: tensor}: the tensors that it reads. A parameter with requires_grad=False
+            is never trained.
         generator: source of all randomness of a step, dropout included; seeded from torch's global one by default.
-        query_mode, memory: how losses are evaluated, and in how many MB; see `LossQueries`.
+        query_mode, memory: how losses are evaluated, and in how many MB; see `LossQueries`. Directions that do not fit
+            into half of it are drawn again from seeds when they are needed, with the same result.
 
     Raises:
-        ValueError: an impossible value, an unknown layer or parameter name, a mask that keeps nothing.
+        ValueError: an impossible value, an unknown layer or parameter name, masks that keep nothing.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -48,7 +57,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable,
         criterion: Callable,
         masks: dict[str, Tensor] | None,
         lr: float = 0.01,
@@ -56,7 +65,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         n_sample: int = 20,
         signSGD: bool = False,
         layer_by_layer: bool = False,
-        opt_layers_strs: str | list[str] = [],  # noqa: B006 (never changed)
+        opt_layers_strs: Layers = [],  # noqa: B006 (never changed)
         *,
         two_sided: bool = True,
         directions: str = "gaussian",
@@ -64,46 +73,47 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         beta_1: float = 0.9,
         beta_2: float = 0.98,
         eps: float = 1e-06,
+        rule: Rule | None = None,
+        parameters: Parameters | None = None,
         generator: torch.Generator | None = None,
         query_mode: str = "auto",
         memory: float = 512,
     ):
         if not sigma > 0:
             raise ValueError(f"sigma must be above 0, not {sigma}")
-        if not (isinstance(n_sample, int) and n_sample >= 1):
-            raise ValueError(f"n_sample must be a whole number of at least 1, not {n_sample}")
         if directions not in DIRECTIONS:
             raise ValueError(f"directions {directions!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
-        self.sigma, self.n_sample, self.signSGD = sigma, n_sample, signSGD
+        self.sigma, self.n_sample, self.signSGD = sigma, whole_number("n_sample", n_sample), signSGD
         self.two_sided, self.directions, self.layer_by_layer = two_sided, directions, layer_by_layer
-        rule = torch_rule(lr, adam, beta_1, beta_2, eps)
-        super().__init__(model, criterion, masks, opt_layers_strs, rule, generator, query_mode, memory)
+        self.room = memory * 1e6 / 2  # bytes for the directions
+        made = torch_rule(rule, adam, (beta_1, beta_2), eps)
+        super().__init__(
+            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory
+        )
 
-    def step(self, inputs, targets) -> tuple:
-        """One update from 2n+1 (one-sided n+1) queries; layer by layer, the n for each layer.
-
-        Returns:
-            (outputs, loss) of the unperturbed model before the update.
-        """
-        outputs, loss = self._start(inputs, targets)
-        blocks = self.layers.values() if self.layer_by_layer else [list(self.trained)]
-        estimate = {}
+    def _add_estimate(self, loss: Tensor) -> None:
+        for name in self.trained:
+            self.loss_queries.check_radius(name, self.sigma)
+        blocks = list(self.layers.values()) if self.layer_by_layer else [list(self.trained)]
         for names in blocks:
-            index = {name: self.index[name] for name in names}
-            grad = self._estimate(index, loss)
-            estimate |= zip(names, grad.split([len(positions) for positions in index.values()]), strict=True)
-        self._update(estimate)
-        return outputs, loss
+            grad = self._estimate({name: self.index[name] for name in names}, loss)
+            for name, piece in zip(names, grad.split([len(self.index[name]) for name in names]), strict=True):
+                self._add(name, piece)
 
-    def _estimate(self, index: dict[str, Tensor], loss: Tensor) -> Tensor:
+    def _estimate(self, index: dict[str, Tensor | range], loss: Tensor) -> Tensor:
         """ĝ of the coordinates in `index`, all others unperturbed: (d,)."""
-        like = self.trained[next(iter(index))]
         d = sum(map(len, index.values()))
-        u = random_directions(self.n_sample, d, self.directions, self.generator).to(like)  # (n, d)
+        u = Directions(self.n_sample, d, self.directions, self.generator, self.room)  # (n, d)
         scales = [self.sigma, -self.sigma] if self.two_sided else [self.sigma]
         losses = self.loss_queries.directions(index, u, scales)  # (2 or 1, n)
         if self.two_sided:
-            grad = from_directions(u, losses[0] - losses[1], 2 * self.sigma)
-        else:
-            grad = from_directions(u, losses[0] - loss, self.sigma)
-        return grad.sign() if self.signSGD else grad
+            return from_directions(u, losses[0] - losses[1], 2 * self.sigma)
+        return from_directions(u, losses[0] - loss, self.sigma)
+
+    def update(self) -> None:
+        """Move the weights along what stands in `.grad`, or its sign under signSGD."""
+        if self.signSGD:
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.sign_()
+        super().update()

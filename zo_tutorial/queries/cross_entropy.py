@@ -8,7 +8,8 @@ p = softmax(o)
     L' − L = mean over b of  log Σ_k p_k exp(D w_k) − D w_y
            = mean over b of  log(1 + Σ_m D^m M_m) − D w_y,      M_m = Σ_k p_k w_k^m / m!
 
-A small change needs few moments M_m, which are shared by all coordinates of the unit (chapter 9).
+A small change needs few moments M_m, which are shared by all coordinates of the unit (chapter 9). With class weights
+the mean over b has the weight of each sample's class.
 """
 
 from inspect import signature
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.tape import Call, Tape
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
 
 DEFAULTS = {name: parameter.default for name, parameter in signature(F.cross_entropy).parameters.items()}
 RESHAPE = {torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view}
@@ -30,12 +31,14 @@ class CrossEntropy:
     """The mean cross-entropy with classes `targets` (B,).
 
     Attributes:
+        shares: of each sample in the mean (B,), with class weights; None: all the same.
         rows: which rows of the layer's outputs these are; None: all.
         stable: whether to guard against the overflow of exp; needed where an output grows by some 80.
     """
 
-    def __init__(self, targets: Tensor, rows: Tensor | None):
+    def __init__(self, targets: Tensor, rows: Tensor | None, weights: Tensor | None):
         self.targets, self.rows, self.stable = targets, rows, False
+        self.shares = None if weights is None else weights[targets] / weights[targets].sum()
         # the places of o_yb in the flattened outputs (C, B)
         self.chosen = targets * len(targets) + torch.arange(len(targets), device=targets.device)
 
@@ -47,7 +50,11 @@ class CrossEntropy:
         """(K,) losses of K outputs (K, C, B)."""
         chosen = o.flatten(1).index_select(1, self.chosen)  # (K, B)
         total = o.logsumexp(1) if self.stable else o.exp().sum(1).log_()  # (K, B)
-        return total.sub_(chosen).mean(1)
+        return self.mean(total.sub_(chosen))
+
+    def mean(self, terms: Tensor) -> Tensor:
+        """The mean over the samples of terms (..., B)."""
+        return terms.mean(-1) if self.shares is None else terms @ self.shares
 
 
 class Series:
@@ -59,10 +66,10 @@ class Series:
     """
 
     def __init__(self, cross_entropy: CrossEntropy, o: Tensor, weight: Tensor):
-        self.p, self.weight = o.softmax(0), weight
+        self.cross_entropy, self.p, self.weight = cross_entropy, o.softmax(0), weight
         self.chosen = weight[cross_entropy.targets].T.contiguous()  # (units, B)
         self.size = weight.abs().max().item()
-        self.moments = []
+        self.moments: list[Tensor] = []
 
     def changes(self, unit: Tensor, change: Tensor) -> Tensor | None:
         """L' − L for changes D (..., K, B) of the units `unit` (K,): (..., K); None if D is too large."""
@@ -78,7 +85,7 @@ class Series:
         for moment in reversed(self.moments[: order - 1]):
             total = torch.addcmul(moment[unit], change, total)
         total = (total * change).log1p_()
-        return total.addcmul_(change, self.chosen[unit], value=-1).mean(-1)
+        return self.cross_entropy.mean(total.addcmul_(change, self.chosen[unit], value=-1))
 
 
 def _order(x: float, eps: float) -> int | None:
@@ -89,15 +96,15 @@ def _order(x: float, eps: float) -> int | None:
     return None
 
 
-def cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> tuple[Tensor, Tensor | None] | None:
-    """The classes (B,) and the rows they are of, if `calls` is nothing but the mean cross-entropy of a layer's outputs.
+def cross_entropy_of(recording: Recording, call: Call, calls: list[Call]) -> CrossEntropy | None:
+    """The mean cross-entropy of a layer's outputs, if `calls` is nothing else.
 
     The outputs of `call` are (B, C), or are made (B, C) first; terms that do not depend on them may be added. The rows
     are those whose class is not to be ignored, None for all.
     """
     outputs, calls = call.results[0], list(calls)
-    size = outputs.shape[-1:]  # the units of all layers but one
-    if isinstance(call.layer, nn.Conv2d):
+    size = outputs.shape[-1:]  # the units of a dense or tensor layer
+    if not isinstance(call.layer, (nn.Linear, *TENSOR_LAYERS)):
         return None
     while calls and calls[0].function in RESHAPE and calls[0].args[0] is outputs:
         outputs = calls.pop(0).results[0]
@@ -109,9 +116,11 @@ def cross_entropy_targets(tape: Tape, call: Call, calls: list[Call]) -> tuple[Te
             return None
         loss = term.results[0]
     options = dict(zip(DEFAULTS, calls[0].args, strict=False)) | calls[0].kwargs
-    given, targets = options.pop("input"), options.pop("target")
+    given, targets, weights = options.pop("input"), options.pop("target"), options.pop("weight", None)
     plain = all(value is None or value == DEFAULTS[name] for name, value in options.items())
-    if loss is not tape.loss or not plain or given is not outputs or targets.shape != outputs.shape[:1]:
+    if loss is not recording.loss or not plain or given is not outputs or targets.shape != outputs.shape[:1]:
         return None
     rows = (targets != DEFAULTS["ignore_index"]).nonzero().flatten()
-    return (targets, None) if len(rows) == len(targets) else (targets[rows], rows)
+    if len(rows) == len(targets):
+        return CrossEntropy(targets, None, weights)
+    return CrossEntropy(targets[rows], rows, weights)

@@ -1,11 +1,13 @@
 """How a layer's output answers to a change of one weight: z(θ + s e_c) = z(θ) + s J_c, exactly.
 
-The output z of a dense, convolutional, TT or TTM layer is affine in each single one of its parameters. So a
-sensitivity J_c, formed from the layer's input x and its other parameters, gives the output under any change s::
+The output z of a layer is affine in each single one of its parameters. So a sensitivity J_c, formed from the layer's
+input x and its other parameters, gives the output under any change s::
 
     dense        z_i = Σ_j W_ij x_j                    W_ij changes one feature of z:  J = x_j
     convolution  z_i = Σ_q W_iq x_q, x_q the patches   W_iq changes one channel of z:  J = x_q
-    bias                                               b_i changes feature or channel i:  J = 1
+    norm         z_i = γ_i x̂_i + β_i                   γ_i changes one feature of z:  J = x̂_i, x normalised
+    embedding    z_j = E_vj where x is v               E_vj changes one feature of z:  J = 1 where x is v, else 0
+    bias, shift                                        b_i changes feature or channel i:  J = 1
     TTM, TT      z = L G_k R x                         G_k[r,m,n,s] changes the rows of z with m_k = m:
                                                        J = L[:,:,r] x[:,n,:] R[s,:,:]
 
@@ -21,62 +23,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.tape import TENSOR_LAYERS, Unsuitable
+from zo_tutorial.queries.recording import TENSOR_LAYERS
+from zo_tutorial.queries.way import Unsuitable
 
-FORWARDS = {layer.forward for layer in (nn.Linear, nn.Conv2d, *TENSOR_LAYERS)}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+ALWAYS = (nn.Linear, nn.Conv2d, *TENSOR_LAYERS)
+FORWARDS = {layer.forward for layer in (*ALWAYS, nn.Conv1d, *NORMS, nn.Embedding)}
 
 
-def is_affine(layer: nn.Module) -> bool:
-    """Whether a module computes what this file says: a supported layer, its forward not overridden, without hooks."""
-    return type(layer).forward in FORWARDS and not layer._forward_hooks and not layer._forward_pre_hooks
+def is_affine(layer: nn.Module, trained: set[int]) -> bool:
+    """Whether a module computes what this file says: a supported layer, its forward not overridden, without hooks.
+
+    Convolutions in one dimension, norms and embeddings are single calls only if one of their parameters is trained.
+    """
+    if type(layer).forward not in FORWARDS or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:  # it writes into its weight
+        return False
+    return isinstance(layer, ALWAYS) or any(id(p) in trained for p in layer.parameters())
 
 
 def units_first(layer: nn.Module, z: Tensor) -> Tensor:
     """z as (units, R)."""
-    z = z.movedim(_unit_dim(layer), 0)
+    first, last = _unit_dims(layer, z.dim())
+    z = z.flatten(first, last).movedim(first, 0)
     return z.reshape(len(z), -1)
 
 
 def units_back(layer: nn.Module, z: Tensor, shape: torch.Size) -> Tensor:
     """(K, units, R) as K outputs of the layer's own shape: `(K, *shape)`."""
-    dim = _unit_dim(layer)
-    rest = [*shape]
-    del rest[dim]
-    return z.reshape(len(z), z.shape[1], *rest).movedim(1, dim)
+    first, last = _unit_dims(layer, len(shape))
+    rest = shape[:first] + shape[last + 1 :]
+    return z.reshape(len(z), z.shape[1], *rest).movedim(1, first + 1).unflatten(first + 1, shape[first : last + 1])
 
 
-def _unit_dim(layer: nn.Module) -> int:
-    return -3 if isinstance(layer, nn.Conv2d) else -1
+def _unit_dims(layer: nn.Module, dims: int) -> tuple[int, int]:
+    """The first and the last of the dimensions of z that count its units."""
+    if isinstance(layer, CONVOLUTIONS):
+        return (dims - len(layer.kernel_size) - 1,) * 2
+    if isinstance(layer, (*BATCH_NORMS, nn.GroupNorm)):
+        return 1, 1
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return dims - len(layer.normalized_shape), dims - 1
+    return dims - 1, dims - 1
+
+
+def has_units_last(layer: nn.Module, z: Tensor) -> bool:
+    """Whether the last dimension of z counts the units, as in front of a dense layer."""
+    return _unit_dims(layer, z.dim()) == (z.dim() - 1, z.dim() - 1)
 
 
 class Units:
-    """The answer to a parameter whose entries change one unit each: a bias, a dense or a convolutional weight.
+    """The answer to a parameter whose entries change one unit each.
 
     Attributes:
-        run: so many consecutive entries change the same slice of z.
-        factors: z (units, R) viewed as `(*factors, R)`; run i of the entries changes its slice i, modulo the second
-            factor, along that dimension.
-        columns: the sensitivities that occur, (Q, R).
+        factors: z (units, R) viewed as `(*factors, R)`; an entry changes one of its slices along the second factor.
+        run: so many consecutive entries change the same slice; entry p changes slice p // run % factors[1].
+        group: units that share their columns.
+        columns: the sensitivities that occur, (Q, R); entry p has the column p % run + p // run // group * run.
+        bytes: of one sensitivity.
     """
 
     def __init__(self, layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float):
         parameter = getattr(layer, name)
-        self.run = parameter[0].numel()
         self.factors = 1, len(z), 1
-        self.group = len(parameter)  # units that share their columns
+        self.run, self.group = parameter[0].numel(), len(parameter)
+        self.bytes = z.shape[1] * z.element_size()
         if name == "bias":
+            self.run, self.group = 1, parameter.numel()
             self.columns = torch.ones((), dtype=z.dtype, device=z.device).expand(1, z.shape[1])
-        elif isinstance(layer, nn.Conv2d):
-            if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
-                raise Unsuitable("the patches need too much memory")
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-            patches = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)  # ([B,] Q, places)
-            self.columns = patches.movedim(-2, 0).reshape(patches.shape[-2], -1)
+        elif isinstance(layer, NORMS):
+            self.run, self.group = 1, 1
+            self.columns = _normal(layer, x)
+        elif isinstance(layer, CONVOLUTIONS):
+            self.columns = _patches(layer, x, limit)  # (Q, R)
             self.group = len(parameter) // layer.groups
         else:
             self.columns = x.movedim(-1, 0).reshape(x.shape[-1], -1).contiguous()
-        self.bytes = self.columns.shape[1] * self.columns.element_size()  # of one sensitivity
 
     def at(self, positions: Tensor) -> Tensor:
         """Which of the columns are the sensitivities of these entries: (K,)."""
@@ -85,6 +110,51 @@ class Units:
     def sensitivities(self, at: list[int]) -> Tensor:
         """J of entries of one unit, by what `at` finds: (K, 1, R)."""
         return self.columns[at].unsqueeze(1)
+
+
+class Rows:
+    """The answer to an embedding's table (rows, units); attributes as in `Units`, but J is formed when asked for."""
+
+    def __init__(self, x: Tensor, z: Tensor):
+        self.factors, self.run = (1, len(z), 1), 1
+        self.tokens, self.dtype, self.bytes = x.flatten(), z.dtype, z.shape[1] * z.element_size()
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Which rows of the table these entries are in: (K,)."""
+        return positions // self.factors[1]
+
+    def sensitivities(self, at: list[int]) -> Tensor:
+        """J of entries of one unit, by what `at` finds: (K, 1, R)."""
+        rows = torch.tensor(at, device=self.tokens.device)
+        return (self.tokens == rows[:, None]).to(self.dtype).unsqueeze(1)
+
+
+def _normal(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of a norm as it is before gain and shift: (units, R)."""
+    if isinstance(layer, nn.LayerNorm):
+        normal = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+    elif isinstance(layer, nn.RMSNorm):
+        normal = F.rms_norm(x, layer.normalized_shape, None, layer.eps)
+    elif isinstance(layer, nn.GroupNorm):
+        normal = F.group_norm(x, layer.num_groups, None, None, layer.eps)
+    else:
+        training = layer.training or layer.running_mean is None
+        averages = (None, None) if training else (layer.running_mean, layer.running_var)
+        normal = F.batch_norm(x, *averages, None, None, training, 0.0, layer.eps)
+    return units_first(layer, normal).contiguous()
+
+
+def _patches(layer: nn.Module, x: Tensor, limit: float) -> Tensor:
+    """What each weight of a convolution's kernel sees at every place: (Q, R)."""
+    if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
+        raise Unsuitable("the patches need too much memory")
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):  # of height 1
+        x, kernel, dilation, stride = x.unsqueeze(-2), (1, *kernel), (1, *dilation), (1, *stride)
+    patches = F.unfold(x, kernel, dilation, stride=stride)  # ([B,] Q, places)
+    return patches.movedim(-2, 0).reshape(patches.shape[-2], -1)
 
 
 class Core:
@@ -145,7 +215,10 @@ class Core:
         return self.all[at]
 
 
-def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, products: tuple) -> Units | Core:
+Response = Units | Rows | Core
+
+
+def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, products: tuple | None) -> Response:
     """How the output z (units, R) of a layer answers to the entries of one of its parameters.
 
     Args:
@@ -159,6 +232,8 @@ def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, pr
     """
     if isinstance(layer, TENSOR_LAYERS) and name != "bias":
         return Core(name, products, x, z, limit)
+    if isinstance(layer, nn.Embedding):
+        return Rows(x, z)
     return Units(layer, name, x, z, limit)
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from zo_tutorial.affine import units_back, units_first
-from zo_tutorial.tape import AT_ONCE, Call, Tape, Unsuitable, bytes_of, copies
+from zo_tutorial.directions import Directions
+from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
+from zo_tutorial.queries.sensitivity import units_back, units_first
+from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
 
 SPARSE = 1 / 5  # share of kept weights below which the sparse product is the faster one
 
@@ -32,44 +34,48 @@ class Directional:
         Unsuitable: the recording does not tell, or no dense layer comes first: then there is nothing to gain.
     """
 
-    def __init__(self, tape: Tape, index: dict[tuple[nn.Module, str], Tensor], limit: float):
-        self.tape, self.index, self.limit = tape, index, limit
-        perturbed = [call for call in tape.calls if call.layer in {layer for layer, _ in index}]
+    def __init__(self, recording: Recording, index: dict[tuple[nn.Module, str], Index], limit: float):
+        self.recording, self.index, self.limit = recording, index, limit
+        perturbed = [call for call in recording.calls if call.layer in {layer for layer, _ in index}]
         for layer, _ in index:
-            tape.call_of(layer)
+            recording.call_of(layer)
         starts: list[Call] = []  # the perturbed layers that no other one reaches
         for call in perturbed:
-            if not starts or call not in tape.after(*starts):
+            if not starts or call not in recording.after(*starts):
                 starts.append(call)
-        if any(t._version != v for call in starts for t, v in zip(call.tensors, call.versions, strict=True)):
+        if not all(map(recording.undisturbed, starts)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
         if not self.dense:
             raise Unsuitable("no dense layer comes first")
         others = [call for call in starts if call.layer not in self.dense]
-        self.calls = sorted(tape.after(*starts) + others, key=tape.calls.index)
+        self.calls = sorted(recording.after(*starts) + others, key=recording.calls.index)
 
-    def losses(self, directions: Tensor, scales: list[float]) -> Tensor:
-        """L(θ + s u) for S scales and n directions (n, d): (S, n)."""
+    def losses(self, directions: Directions, scales: list[float]) -> Tensor:
+        """L(θ + s u) for S scales and n directions: (S, n)."""
         parameters = [layer.get_parameter(name) for layer, name in self.index]
-        each = len(scales) * 2 * self.tape.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
+        each = len(scales) * 2 * self.recording.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
         if each > self.limit:
             raise Unsuitable("the memory does not suffice for one direction")
-        portion = max(1, int(min(self.limit / each, AT_ONCE / (len(scales) * self.tape.bytes))))
-        return torch.cat([self._losses(u, scales) for u in directions.split(portion)], 1)
+        portion = max(1, int(min(self.limit / each, AT_ONCE / (len(scales) * self.recording.bytes))))
+        starts = range(0, directions.n, portion)
+        rows = (directions.rows(start, min(start + portion, directions.n)) for start in starts)
+        return torch.cat([self._losses(u, scales) for u in rows], 1)
 
     def _losses(self, directions: Tensor, scales: list[float]) -> Tensor:
-        pieces = directions.split([len(positions) for positions in self.index.values()], dim=1)
-        outputs, parameters = {}, {}
-        for ((layer, name), positions), u in zip(self.index.items(), pieces, strict=True):
+        outputs: dict[nn.Module, Tensor] = {}
+        parameters: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        for ((layer, name), positions), u in zip(self.index.items(), pieces_of(self.index, directions), strict=True):
             if layer in self.dense:
+                u = u.to(layer.weight)
                 z = _linear_change(layer, name, positions, u, self.dense[layer].args[0])  # (n, out, R) or (n, out, 1)
                 outputs[layer] = outputs[layer] + z if layer in outputs else z
                 continue
-            points = copies(layer.get_parameter(name), len(scales) * len(u))  # (S n, *shape)
+            parameter = layer.get_parameter(name)
+            points = copies(parameter, len(scales) * len(u))  # (S n, *shape)
             for part, scale in zip(points.flatten(1).view(len(scales), len(u), -1), scales, strict=True):
-                part.index_add_(1, positions, u, alpha=scale)
-            parameters.setdefault(layer, {})[name] = points
+                add_at(part, positions, u, scale)
+            parameters.setdefault(layer, []).append((parameter, points))
         values = {}
         for layer, change in outputs.items():
             call = self.dense[layer]
@@ -77,19 +83,28 @@ class Directional:
             z = torch.stack([torch.add(z, change, alpha=scale) for scale in scales]).flatten(0, 1)  # (S n, out, R)
             values[id(call.results[0])] = units_back(layer, z, call.results[0].shape)
 
-        def loss(values, parameters):
-            return self.tape.replay(self.calls, values, parameters).reshape(())
+        copied = {layer: [points for _, points in pairs] for layer, pairs in parameters.items()}
 
-        return vmap(loss, randomness="same")(values, parameters).view(len(scales), len(directions))
+        def loss(values, copied):
+            pairs = {
+                layer: [(old, new) for (old, _), new in zip(parameters[layer], points, strict=True)]
+                for layer, points in copied.items()
+            }
+            return self.recording.replay(self.calls, values, pairs).reshape(())
+
+        return vmap(loss, randomness="same")(values, copied).view(len(scales), directions.shape[0])
 
 
-def _linear_change(layer: nn.Linear, name: str, positions: Tensor, u: Tensor, x: Tensor) -> Tensor:
+def _linear_change(layer: nn.Linear, name: str, positions: Index, u: Tensor, x: Tensor) -> Tensor:
     """What the direction u (n, d) of a dense layer's weight or bias adds to its output: (n, out, R) or (n, out, 1)."""
     if name == "bias":
-        return u.new_zeros(len(u), layer.out_features).index_copy_(1, positions, u).unsqueeze(2)
+        change = u.new_zeros(len(u), layer.out_features)
+        add_at(change, positions, u, 1.0)
+        return change.unsqueeze(2)
     x = units_first(layer, x)  # (in, R)
     rows, columns = layer.weight.shape
-    if len(positions) < SPARSE * layer.weight.numel() and (positions.diff() > 0).all():
+    few = not isinstance(positions, range) and len(positions) < SPARSE * layer.weight.numel()
+    if few and (positions.diff() > 0).all():
         # All U below each other, (n out, in), in compressed rows.
         ends = (positions // columns).bincount(minlength=rows).cumsum(0)
         ends = ends + len(positions) * torch.arange(len(u), device=u.device).unsqueeze(1)
@@ -99,5 +114,6 @@ def _linear_change(layer: nn.Linear, name: str, positions: Tensor, u: Tensor, x:
             warnings.simplefilter("ignore")  # "sparse CSR tensor support is in beta state"
             whole = torch.sparse_csr_tensor(ends, entries, u.flatten(), (len(u) * rows, columns))
             return (whole @ x).view(len(u), rows, -1)
-    whole = u.new_zeros(len(u), rows * columns).index_copy_(1, positions, u)
+    whole = u.new_zeros(len(u), rows * columns)
+    add_at(whole, positions, u, 1.0)
     return (whole.view(-1, columns) @ x).view(len(u), rows, -1)

@@ -1,23 +1,25 @@
 """A recording of one forward pass: which calls led from each layer's output to the loss.
 
 Within a step the loss is a deterministic function of the parameters, so one recorded pass tells what every later query
-will do. `Tape` writes down each call to torch, a supported layer being one call. Chapter 9 replays from it only what
-lies behind a changed weight: all other results stand.
+will do. `Recording` writes down each call to torch, a supported layer being one call. Chapter 9 replays from it only
+the suffix of a changed weight, what lies behind it: all other results stand.
 
-A tape refuses (`Unsuitable`) rather than guess: where a value left torch (`.item()`, numpy), came from a place that
-torch does not show, or was overwritten after its use.
+A recording refuses (`Unsuitable`) rather than guess: where a value left torch (`.item()`, numpy), came from a place
+that torch does not show, or was overwritten after its use. Where it cannot follow at all (inside of vmap, compiled
+code, sparse tensors) it breaks off, and the pass goes on without it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from zo_tutorial.queries.way import Unsuitable
+from zo_tutorial.substitution import slots_of, substituted
 from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
 
 TENSOR_LAYERS = (TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn)
@@ -28,10 +30,6 @@ ARGUMENTS = {function: list(signature(function).parameters) for function in (F.d
 # Bytes of results to make in one call of vmap, if the memory allows. With more, single tensors outgrow the 32 MB up to
 # which malloc keeps memory for reuse, and every one of them is paged in anew.
 AT_ONCE = 40e6
-
-
-class Unsuitable(Exception):
-    """What was recorded does not determine the losses asked for."""
 
 
 class Call:
@@ -49,23 +47,27 @@ class Call:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.layer = function if isinstance(function, nn.Module) else None
         self.tensors = list(tensors_in((args, kwargs)))
-        self.versions = [tensor._version for tensor in self.tensors]
+        self.versions = list(map(version, self.tensors))
         self.random_state, self.bytes = random_state, 0
         self.matrix: Tensor | None = None  # of a tensor layer, once it is asked for
+        self.primitive = 1  # calls to torch, those within a layer counted
 
     def close(self, result: Any, random_state: list[Tensor] | None) -> None:
         """Note the result, and the random state after the call."""
         self.results = list(tensors_in(result))
-        now = [tensor._version for tensor in self.tensors]
+        now = map(version, self.tensors)
         self.changed = {id(t) for t, a, b in zip(self.tensors, self.versions, now, strict=True) if a != b}
-        self.result_versions = [tensor._version for tensor in self.results]
+        self.result_versions = list(map(version, self.results))
         self.draws = self.random_state is not None and not all(map(torch.equal, self.random_state, random_state))
         self.bytes += bytes_of(self.results)
         if self.function is F.dropout and self._drops():
-            # What it multiplied its input with, 0 or 1/(1-p): drawn again, in the memory layout of that input.
             if self.random_state is not None:
                 set_random_state(self.random_state)
-            self.factor = F.dropout(torch.ones_like(self.named()["input"]), self.named()["p"], training=True)
+            self.factor = self.draw()
+
+    def draw(self) -> Tensor:
+        """What this dropout multiplies its input with, 0 or 1/(1-p): drawn in the memory layout of that input."""
+        return F.dropout(torch.ones_like(self.named()["input"]), self.named()["p"], training=self._drops())
 
     def with_input(self, x: Tensor) -> Tensor:
         """This dropout of another input."""
@@ -86,7 +88,11 @@ class Call:
         """The call once more, with the tensors of `values` in the place of the recorded ones."""
         args, kwargs = _replace(self.args, values), _replace(self.kwargs, values)
         if parameters and self.layer in parameters:
-            return functional_call(self.layer, parameters[self.layer], args, kwargs)
+            pairs = [(slots_of(self.layer, old), new) for old, new in parameters[self.layer]]
+            with substituted(pairs):
+                return self.function(*args, **kwargs)
+        if isinstance(self.layer, nn.modules.batchnorm._BatchNorm):
+            return _batch_norm(self.layer, *args)
         if isinstance(self.layer, TENSOR_LAYERS):
             # for many inputs: the matrix is formed once, and one long product is quicker than several short ones
             if self.matrix is None:
@@ -100,8 +106,8 @@ class Call:
         return self.function(*args, **kwargs)
 
 
-class Tape(TorchFunctionMode):
-    """Records while it is active (`with tape:`).
+class Recording(TorchFunctionMode):
+    """Records while it is active (`with recording:`).
 
     Args:
         layers: the modules to record as one call each.
@@ -116,10 +122,12 @@ class Tape(TorchFunctionMode):
         self.calls: list[Call] = []
         self.known = {id(tensor): tensor for tensor in known}
         self.read: set[range] = set()  # the spans that calls outside the layers have read
+        self.held: list[range] = []  # the spans of all parameters
         self.open: Call | None = None
         self.bytes = 0
         self.loss: Any = None
-        self.behind: dict = {}  # for `structured`: what it has found out about layers
+        self.broken = ""  # why it broke off
+        self.layers_seen: dict = {}  # for `structured`: what it has found out about layers
 
     def __enter__(self):
         self.handles = []
@@ -134,22 +142,38 @@ class Tape(TorchFunctionMode):
         return super().__exit__(*exception)
 
     def _enter_layer(self, layer, args, kwargs):
-        self.open = Call(layer, args, kwargs)
+        if not self.broken:
+            self.open = self._followed(Call, layer, args, kwargs)
 
     def _leave_layer(self, layer, args, output):
-        self._close(self.open, output)
+        if self.open is not None:
+            self._followed(self._close, self.open, output)
         self.open = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.broken:
+            return function(*args, **kwargs)
         if self.open is not None:
             result = function(*args, **kwargs)
-            self.open.bytes += bytes_of(tensors_in(result))
+            self.open.bytes += self._followed(bytes_of, tensors_in(result)) or 0
+            self.open.primitive += 1
             return result
-        call = Call(function, args, kwargs, random_state() if self.draws else None)
+        call = self._followed(Call, function, args, kwargs, random_state() if self.draws else None)
         result = function(*args, **kwargs)
-        self._close(call, result, random_state() if self.draws else None)
+        if call is not None:
+            self._followed(self._close, call, result, random_state() if self.draws else None)
         return result
+
+    def _followed(self, note: Callable, *args) -> Any:
+        """note(*args); where that fails, the recording breaks off."""
+        try:
+            with torch._C.DisableTorchFunction():
+                return note(*args)
+        except Exception as error:  # of tensors that have no version, no memory of their own, no values yet
+            self.broken = f"the forward pass cannot be recorded ({str(error).partition(chr(10))[0]})"
+            self.calls.clear()
+            return None
 
     def _close(self, call: Call, result: Any, random_state: list[Tensor] | None = None) -> None:
         call.close(result, random_state)
@@ -173,6 +197,10 @@ class Tape(TorchFunctionMode):
             raise Unsuitable("the layer is not called just once, with one tensor")
         return calls[0]
 
+    def undisturbed(self, call: Call) -> bool:
+        """Whether the arguments of a call still are what they were."""
+        return all(version(t) == v for t, v in zip(call.tensors, call.versions, strict=True))
+
     def after(self, *starts: Call) -> list[Call]:
         """The calls that the results of `starts` reach, in order, without `starts`.
 
@@ -193,9 +221,9 @@ class Tape(TorchFunctionMode):
             running = set()  # of a batch normalisation in training: written, not read
             if call.function is F.batch_norm and call.named()["training"]:
                 running = {id(call.named()["running_mean"]), id(call.named()["running_var"])}
-            for tensor, version, is_reached in zip(call.tensors, call.versions, inputs, strict=True):
+            for tensor, before, is_reached in zip(call.tensors, call.versions, inputs, strict=True):
                 if not is_reached and id(tensor) not in running:
-                    if id(tensor) not in self.known or tensor._version != version:
+                    if id(tensor) not in self.known or version(tensor) != before:
                         raise Unsuitable("a call reads what is not there any more")
             if call.changed - running - reached:
                 raise Unsuitable("a call writes into what is not its own")
@@ -210,7 +238,7 @@ class Tape(TorchFunctionMode):
 
         Args:
             values: {id of a recorded tensor: the one to put in its place}.
-            parameters: {layer: {name in the layer: tensor}} for layers that are to have others.
+            parameters: {layer: [(its parameter, the one to put in its place)]}.
         """
         values = dict(values)
         for call in calls:
@@ -226,7 +254,7 @@ def tensors_in(structure: Any) -> Iterator[Tensor]:
     elif isinstance(structure, tuple | list):
         for item in structure:
             yield from tensors_in(item)
-    elif isinstance(structure, dict):
+    elif isinstance(structure, Mapping):
         yield from tensors_in(list(structure.values()))
 
 
@@ -240,6 +268,18 @@ def _replace(structure: Any, values: dict[int, Tensor]) -> Any:
     if isinstance(structure, dict):
         return {key: _replace(value, values) for key, value in structure.items()}
     return structure
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written into; an inference tensor never is."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """A batch normalisation that leaves its running averages alone."""
+    training = layer.training or layer.running_mean is None
+    averages = (None, None) if training else (layer.running_mean, layer.running_var)
+    return F.batch_norm(x, *averages, layer.weight, layer.bias, training, 0.0, layer.eps)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

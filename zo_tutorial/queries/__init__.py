@@ -1,0 +1,20 @@
+"""Loss queries: what one training step may ask of a model, counted, and several ways to answer.
+
+A query's journey. An optimiser asks `LossQueries` (`loss_queries`, the face and the bill) for losses at perturbed
+points of the batch that `start` has fixed. `choice` passes the question to the cheapest way that is valid, and compares
+the first answers with those of the `loop`, the reference. The ways have one face (`way`):
+
+- `loop` perturbs, runs and restores; `evaluation` runs model and criterion, the same each time, and `state` knows what
+  a pass leaves behind in the model, to put it back.
+- `batched` runs many perturbed copies in one call of vmap; `cost` says when that pays.
+- `structured` computes the prefix of a layer once, in a `recording`, moves the layer's output by a `sensitivity`, and
+  runs only the suffix (`suffix`, `cross_entropy`). Directions that begin at a dense layer go through `directional`.
+
+Single moves, one coordinate after the other, look ahead in `descent`.
+"""
+
+from zo_tutorial.queries.choice import QUERY_MODES
+from zo_tutorial.queries.evaluation import call
+from zo_tutorial.queries.loss_queries import LossQueries
+
+__all__ = ["QUERY_MODES", "LossQueries", "call"]

@@ -1,0 +1,219 @@
+"""Which way answers: the cheapest that can, once it has shown the changes of the loss that the loop shows."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Generator, Tensor
+
+from zo_tutorial.directions import Directions
+from zo_tutorial.queries.batched import Batched
+from zo_tutorial.queries.cost import batched_pays
+from zo_tutorial.queries.evaluation import Evaluation
+from zo_tutorial.queries.loop import Loop
+from zo_tutorial.queries.recording import tensors_in
+from zo_tutorial.queries.structured import Structured
+from zo_tutorial.queries.way import Index, Unsuitable, Way
+
+QUERY_MODES = ("auto", "loop", "batched", "structured")
+NOT_ASKED = "the loop is as quick"
+SAMPLE = 8  # coordinates at which a way is tried before it is trusted
+# A change is that of the loop to within a share of it and a multiple of the rounding of the loss.
+SHARE = {torch.float32: 1e-3, torch.float64: 1e-6}
+ROUNDINGS = {torch.float32: 64, torch.float64: 1000}
+
+
+class Choice:
+    """The ways that may answer, and what is known of them.
+
+    Attributes:
+        known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters, with
+            inputs of which shapes and modules in which modes. No question is put to a way that has failed it.
+        answered: {(kind, parameters): (the way that answered last, {faster way: why it did not})}.
+    """
+
+    def __init__(self, evaluation: Evaluation, mode: str):
+        self.evaluation, self.mode = evaluation, mode
+        self.loop = Loop(evaluation)
+        self.ways: dict[str, Way] = {"structured": Structured(evaluation), "batched": Batched(evaluation)}
+        self.known: dict[str, str] = {}
+        self.answered: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
+        self.warned = False
+
+    def coordinates(self, name: str, index: Tensor, shifts: list[float]) -> Tensor:
+        """`Way.coordinates`, by the way that is right and cheapest."""
+
+        def check(way: Way, losses: Tensor) -> bool:
+            return self._agrees_at(way, name, index, losses[0], shifts[0])
+
+        return self._answer("coordinates", [name], lambda way: way.coordinates(name, index, shifts), check)
+
+    def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
+        """`Way.directions`, by the way that is right and cheapest."""
+
+        def check(way: Way, losses: Tensor) -> bool:
+            # along the first direction: as far as was asked, and as far as the weights are large
+            first = Directions.of(directions.rows(0, 1))
+            far = _size([self.evaluation.parameters[name] for name in index])
+            mine = torch.stack([losses[0, 0], way.directions(index, first, [far])[0, 0]])
+            return self._same(mine, self.loop.directions(index, first, [scales[0], far])[:, 0])
+
+        return self._answer("directions", list(index), lambda way: way.directions(index, directions, scales), check)
+
+    def descend(
+        self,
+        name: str,
+        positions: Tensor,
+        shift: float,
+        three_points: bool,
+        running: float,
+        counted: Callable[[float], float],
+    ) -> float:
+        """`Way.descend`, by the way that is right and cheapest for coordinates."""
+
+        def check(way: Way, losses: Tensor) -> bool:
+            return self._agrees_at(way, name, positions, losses[0], shift)
+
+        def rule(way: Way) -> float:
+            return way.descend(name, positions, shift, three_points, running, counted)
+
+        return self._answer("descend", [name], lambda way: way.coordinates(name, positions[:1], [shift]), check, rule)
+
+    def _answer(self, kind: str, names: list[str], ask: Callable, check: Callable, then: Callable | None = None) -> Any:
+        """What the cheapest valid way answers to `ask`; once it is trusted, to `then`, if that is given.
+
+        Args:
+            kind: of round, a method of `Way`.
+            check: from a way and its answer to whether this could be compared with the loop; raises if they differ.
+            then: what moves parameters, and so must not be tried.
+        """
+        reasons: dict[str, str] = {}
+        question = self._question(kind, names)
+        for name in self._order(kind):
+            key = f"{name} {question}"
+            try:
+                if self.known.get(key):
+                    raise Unsuitable(self.known[key])
+                way = self.ways[name]
+                answer = None
+                if then is None or key not in self.known:
+                    self._permit(name, names)
+                    answer = self._attempt(ask, way)
+                    if key not in self.known and check(way, answer):
+                        self.known[key] = ""
+                if then is not None:
+                    answer = then(way)
+                self.answered[(kind, *names)] = name, reasons
+                return answer
+            except Unsuitable as reason:
+                reasons[name] = self.known[key] = str(reason)
+        if self.mode != "auto" and reasons:
+            listed = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
+            raise RuntimeError(f"query_mode {self.mode!r} cannot query this model, 'loop' and 'auto' can ({listed})")
+        self._tell(names, reasons)
+        self.answered[(kind, *names)] = "loop", reasons
+        return (then or ask)(self.loop)
+
+    def _order(self, kind: str) -> tuple[str, ...]:
+        """The ways to try, the cheapest first."""
+        evaluation = self.evaluation
+        if not evaluation.modules or evaluation.closure is not None or not evaluation.owns_parameters():
+            return ()
+        if kind == "descend" and self.mode == "auto":
+            return ("structured",)  # copies for each single step cost more than the loop
+        return {"loop": (), "batched": ("batched",)}.get(self.mode, ("structured", "batched"))
+
+    def _permit(self, way: str, names: list[str]) -> None:
+        """Raise Unsuitable where a way would be wrong, or slower than the loop."""
+        evaluation = self.evaluation
+        if evaluation.compiled():
+            raise Unsuitable("the model is compiled")
+        if torch.is_autocast_enabled(evaluation.base.device.type):
+            raise Unsuitable("autocast rounds the weights of each query")
+        if any(evaluation.parameters[name].element_size() < 4 for name in names):
+            raise Unsuitable("in half precision the rounding of each query counts")
+        if way == "batched" and self.mode == "auto":
+            if not batched_pays(evaluation.recorded(), [evaluation.parameters[name] for name in names]):
+                raise Unsuitable(NOT_ASKED)
+
+    def _attempt(self, ask: Callable, way: Way) -> Any:
+        """The answer of a way.
+
+        Raises:
+            Unsuitable: the way cannot answer, or vmap refuses the model. That comes back at a second try; an exception
+                that does not is the user's own, and passes through. So does one that the plain model raises too.
+        """
+        try:
+            with self.evaluation.unharmed():
+                return ask(way)
+        except Unsuitable:
+            raise
+        except Exception as error:
+            first = error
+        try:
+            with self.evaluation.unharmed():
+                ask(way)
+        except Exception:
+            with self.evaluation.unharmed():
+                self.evaluation.loss()
+            raise Unsuitable(str(first).partition("\n")[0]) from first
+        raise first
+
+    def _agrees_at(self, way: Way, name: str, index: Tensor, losses: Tensor, shift: float) -> bool:
+        """Whether a way could be compared with the loop at coordinates of one parameter; Unsuitable if they differ.
+
+        It is at those that change the loss most, as far as was asked and as far as the weights are large.
+        """
+        asked = int((losses - self.evaluation.base).abs().argmax()) if len(losses) > 1 else 0
+        generator = Generator().manual_seed(0)
+        sample = index[torch.randperm(len(index), generator=generator)[:SAMPLE].to(index.device)]
+        sample = torch.cat([sample, index[asked : asked + 1]]).unique()
+        far = 4 * _size([self.evaluation.parameters[name]])
+        mine = way.coordinates(name, sample, [far])[0]  # (P,)
+        largest = (mine - self.evaluation.base).abs().argsort(descending=True)[:2]
+        theirs = self.loop.coordinates(name, sample[largest], [far])[0]
+        nearby = self.loop.coordinates(name, index[asked : asked + 1], [shift])[0]
+        if self._same(torch.cat([mine[largest], losses[asked : asked + 1]]), torch.cat([theirs, nearby])):
+            return True
+        # Hardly anything changed. If the loop sees that these weights matter together, then it should have.
+        together = Directions.of(torch.ones(1, len(sample), device=index.device))
+        along = self.loop.directions({name: sample}, together, [far])[0]
+        if not self._differ(mine, self.evaluation.base).any() and self._differ(along, self.evaluation.base, 100).any():
+            raise Unsuitable("it sees no change where the loop does")
+        return False
+
+    def _same(self, mine: Tensor, loop: Tensor) -> bool:
+        """Whether losses of a way (P,) could be compared with those of the loop; Unsuitable if their changes differ."""
+        if self._differ(mine, loop).any():
+            raise Unsuitable("its losses are not those of the loop")
+        return bool(self._differ(loop, self.evaluation.base, 10).any())
+
+    def _differ(self, a: Tensor, b: Tensor, times: float = 1) -> Tensor:
+        """Where two losses differ by more than a share of what changed, and so many times their rounding."""
+        base = self.evaluation.base
+        a, b = a.double(), b.double()
+        rounding = ROUNDINGS[base.dtype] * torch.finfo(base.dtype).eps * base.double().abs().clamp_min(1)
+        allowed = SHARE[base.dtype] * (b - base.double()).abs() + times * rounding
+        return ~((a - b).abs() <= allowed) & ~(a.isnan() & b.isnan()) & (a != b)
+
+    def _question(self, kind: str, names: list[str]) -> str:
+        modes = [module.training for module in self.evaluation.modules.values()]
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(self.evaluation.inputs)]
+        kind = "coordinates" if kind == "descend" else kind
+        return f"{kind} {crc32(repr((names, modes, shapes)).encode()):08x}"
+
+    def _tell(self, names: list[str], reasons: dict[str, str]) -> None:
+        """Warn once that queries are slow, and why."""
+        if reasons and NOT_ASKED not in reasons.values() and not self.warned:
+            self.warned = True
+            listed = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
+            message = f"queries of {names[0]!r} are asked one by one, which is right but slow ({listed})"
+            warnings.warn(message, stacklevel=2)
+
+
+def _size(parameters: list[Tensor]) -> float:
+    """The root mean square of some weights; 0.1 where they are all 0."""
+    total = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) ** 2 for p in parameters)
+    return (total / sum(parameter.numel() for parameter in parameters)) ** 0.5 or 0.1

@@ -1,0 +1,206 @@
+"""One query, asked the same way each time: the step's batch, random numbers and model state."""
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_tutorial.queries.recording import Recording, span, tensors_in
+from zo_tutorial.queries.sensitivity import is_affine
+from zo_tutorial.queries.state import Snapshot
+from zo_tutorial.queries.way import Unsuitable
+from zo_tutorial.randomness import RandomState, seed_everything
+
+
+class Evaluation:
+    """The loss of one batch where the parameters stand, as often as it is asked for.
+
+    Every pass begins from the same buffers, attributes and random numbers, so the loss is a function of the parameters.
+
+    Attributes:
+        limit: bytes that a round of queries may use beside the model.
+    """
+
+    def __init__(self, model: Callable, criterion: Callable, parameters: dict[str, Tensor], limit: float):
+        self.model, self.criterion, self.parameters, self.limit = model, criterion, parameters, limit
+        self.modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        self.draws = True  # whether a pass draws random numbers: the first one shows it
+        self.recording: Recording | None = None
+        self.inputs = self.targets = self.closure = None
+        self._base: Tensor | None = None
+
+    def fix(self, inputs, targets, seed: int, closure: Callable | None = None) -> tuple:
+        """Fix batch and seed; outputs and loss of a first pass, which leaves its traces in the model."""
+        self.inputs, self.targets, self.seed, self.closure = inputs, targets, seed, closure
+        self.recording, self.draws = None, True
+        training = {module: module.training for module in self.modules.values()}
+        self.before = self.after = Snapshot(self.modules.values())
+        versions = [(t, t._version) for t in tensors_in((inputs, targets)) if not t.is_inference()]
+        with self.unharmed():
+            outputs, self._base = self.once()
+            drawn = RandomState()
+            seed_everything(seed)
+            self.draws = drawn != RandomState()
+            for module, mode in training.items():
+                module.training = mode
+            self.after = Snapshot(self.modules.values())
+        if any(t._version != version for t, version in versions):
+            raise RuntimeError("the model writes into its input, so no two queries see the same: let it work on a copy")
+        return outputs, self._base
+
+    @property
+    def base(self) -> Tensor:
+        """The loss where the parameters stand."""
+        if self._base is None:
+            with self.unharmed():
+                self._base = self.loss()
+        return self._base
+
+    def once(self, recording: Recording | None = None) -> tuple:
+        """One pass and the criterion: outputs and loss."""
+        self.reset()
+        with recording or nullcontext():
+            if self.closure is not None:
+                outputs, loss = None, self.closure()
+            else:
+                outputs = call(self.model, self.inputs)
+                loss = self.criterion(outputs, self.targets)
+        if recording is not None:
+            recording.loss = loss
+        return outputs, as_loss(loss)
+
+    def loss(self) -> Tensor:
+        return self.once()[1]
+
+    def reset(self) -> None:
+        """Put back what a pass begins from: attributes, buffers, random numbers; and what autocast remembers."""
+        self.before.restore()
+        if self.draws:
+            seed_everything(self.seed)
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """Leave the model as the first pass of the step left it, and the global generators as they are now.
+
+        Where something is raised, the model is left as it was before that pass.
+        """
+        state = RandomState() if self.draws else None
+        left = self.before
+        try:
+            yield
+            left = self.after
+        finally:
+            left.restore()
+            if state is not None:
+                state.restore()
+
+    def recorded(self) -> Recording:
+        """A recording of the pass where the parameters stand, made when it is first asked for.
+
+        Raises:
+            Unsuitable: the pass cannot be recorded.
+        """
+        if self.recording is None:
+            known = [self.inputs, self.targets, held_by(self.criterion)]
+            for module in self.modules.values():
+                known += [vars(module), module._parameters, module._buffers]
+            trained = {id(parameter) for parameter in self.parameters.values()}
+            layers = [module for module in self.modules.values() if is_affine(module, trained)]
+            recording = Recording(layers, tensors_in(known), self.draws, self.limit / 2)
+            parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+            recording.held = list(map(span, parameters))
+            with self.unharmed():
+                self._base = self.once(recording)[1]
+            self.recording = recording
+        if self.recording.broken:
+            raise Unsuitable(self.recording.broken)
+        return self.recording
+
+    def room(self) -> float:
+        """The bytes that the recording leaves."""
+        if self.recorded().bytes > self.limit / 2:
+            raise Unsuitable("the memory does not suffice for the recording of a forward pass")
+        return self.limit - self.recorded().bytes
+
+    @torch.no_grad()
+    def move(self, name: str, positions: Tensor, shifts: list[float]) -> None:
+        """Shift some coordinates for good."""
+        parameter = self.parameters[name]
+        entries = torch.unravel_index(positions, parameter.shape)
+        parameter[entries] += torch.tensor(shifts, dtype=parameter.dtype, device=parameter.device)
+
+    def owns_parameters(self) -> bool:
+        """Whether the perturbed parameters are the model's own, by these names."""
+        own = dict(self.model.named_parameters()) if isinstance(self.model, nn.Module) else {}
+        return all(own.get(name) is parameter for name, parameter in self.parameters.items())
+
+    def compiled(self) -> bool:
+        """Whether some of the modules run as compiled code."""
+        return any(
+            isinstance(module, torch.jit.ScriptModule)
+            or type(module).__name__ == "OptimizedModule"  # of torch.compile; to import it takes seconds
+            or module._compiled_call_impl is not None
+            for module in self.modules.values()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins between two steps: without batch, recording, and what a pass left."""
+        return self.__dict__ | dict.fromkeys(("recording", "_base", "inputs", "targets", "closure", "before", "after"))
+
+    def moved(self) -> None:
+        """Forget what is known of where the parameters stood before."""
+        self.recording = self._base = None
+
+
+def call(model: Callable, inputs: Any) -> Any:
+    """model(*inputs) for a tuple or a list, model(**inputs) for a dict, else model(inputs)."""
+    if type(inputs) in (tuple, list):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def as_loss(value: Any) -> Tensor:
+    """A loss as a real floating number, () in single precision at least.
+
+    Raises ValueError for what is not one real number.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(float(value), dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the criterion must return one number, not {type(value).__name__}") from error
+    if value.numel() != 1 or value.is_complex():
+        kind = f"a {'complex ' if value.is_complex() else ''}tensor of shape {tuple(value.shape)}"
+        raise ValueError(f"the criterion must return one number, not {kind}")
+    value = value.detach().reshape(())
+    if not value.is_floating_point():
+        return value.double()
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def held_by(criterion: Any, depth: int = 3) -> list:
+    """What a criterion may hold tensors in, such as class weights: attributes, arguments, its closure, its globals."""
+    held: list = []
+    if isinstance(criterion, nn.Module):
+        for module in criterion.modules():
+            held += [vars(module), module._parameters, module._buffers]
+    else:
+        held += [getattr(criterion, name, None) for name in ("__dict__", "__defaults__", "args", "keywords")]
+    code = getattr(criterion, "__code__", None)
+    if code is not None:
+        held += [cell.cell_contents for cell in criterion.__closure__ or () if cell != types.CellType()]
+        held += [criterion.__globals__.get(name) for name in code.co_names]
+    inside = [getattr(criterion, name, None) for name in ("__self__", "__func__", "func")]
+    for item in inside + held:
+        mine = callable(item) and not isinstance(item, type) and not _module_of(item).startswith("torch.")
+        if depth and (mine or isinstance(item, nn.Module)):
+            held = held + held_by(item, depth - 1)
+    return held
+
+
+def _module_of(item: Any) -> str:
+    return str(getattr(item, "__module__", ""))
