@@ -149,7 +149,8 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
     expected = "batched" if mode == "batched" else "structured"
     assert ("coordinates", expected) in ways
     first = next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
-    if isinstance(first, nn.Linear) and name != "branches":  # one product serves both sides of a first dense layer
+    # one product serves both sides of a first dense layer; for three directions "auto" may find the loop as quick
+    if isinstance(first, nn.Linear) and mode != "auto":
         assert ways == {("coordinates", expected), ("directions", expected)}
 
 
@@ -389,8 +390,8 @@ def test_a_weight_that_is_not_read_just_once_is_batched(make, name, mode, batch)
     compare(model, batch, mode)
     queries, _ = pair(model, mode)
     queries.start(*batch, seed=0)
-    queries.coordinates(name, torch.arange(2), [0.1])
-    assert taken(queries) == {("coordinates", "batched")}
+    queries.coordinates(name, torch.arange(9), [0.1])
+    assert taken(queries) <= {("coordinates", "batched")} and (mode == "auto" or taken(queries))
 
 
 def test_a_criterion_that_reads_the_weights_is_seen(batch):

@@ -38,7 +38,7 @@ def from_directions(directions: Tensor | Directions, difference: Tensor, distanc
     """
     weights = difference / distance
     if isinstance(directions, Directions):
-        return directions.combined(weights) / directions.n
+        return directions.combined(weights).div_(directions.n)
     return weights @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
 
 

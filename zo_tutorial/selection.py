@@ -179,10 +179,10 @@ def kept_positions(
     return index
 
 
-def layer_of(model: Callable, name: str) -> str:
+def layer_of(model: nn.Module, name: str) -> str:
     """The name of a parameter's layer: "fc1" for "fc1.weight" and for "fc1.cores.0", "" for the model's own."""
-    owner = name.rpartition(".")[0]
-    while owner and isinstance(model.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
+    modules, owner = dict(model.named_modules()), name.rpartition(".")[0]
+    while isinstance(modules.get(owner), nn.ParameterList | nn.ParameterDict):
         owner = owner.rpartition(".")[0]
     return owner
 

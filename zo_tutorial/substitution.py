@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Slot = tuple[Any, str | int]  # a container and the key under which it holds the parameter
+Slot = tuple[Any, str]  # a container and the key under which it holds the parameter
+OF_RNN = ("_flat_weights", "_flat_weight_refs")  # lists that an RNN makes anew when it finds other weights
 
 
 def slots_of(model: nn.Module, parameter: Tensor) -> list[Slot]:
@@ -19,8 +20,8 @@ def slots_of(model: nn.Module, parameter: Tensor) -> list[Slot]:
     slots: list[Slot] = []
     for module in model.modules():
         slots += [(module._parameters, key) for key, held in module._parameters.items() if held is parameter]
-        if isinstance(module, nn.RNNBase):  # it calls its kernels with a list of its own
-            slots += [(module._flat_weights, k) for k, held in enumerate(module._flat_weights) if held is parameter]
+        if isinstance(module, nn.RNNBase):
+            slots += [(vars(module), key) for key in OF_RNN if key in vars(module)]
     return slots
 
 
@@ -32,7 +33,8 @@ def substituted(pairs: Iterable[tuple[list[Slot], Tensor]]) -> Iterator[None]:
         for slots, tensor in pairs:
             for container, key in slots:
                 held.append((container, key, container[key]))
-                container[key] = tensor
+                if key not in OF_RNN:
+                    container[key] = tensor
         yield
     finally:
         for container, key, before in reversed(held):

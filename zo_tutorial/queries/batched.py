@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.queries.cost import vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.evaluation import Evaluation, call
 from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
@@ -43,6 +44,9 @@ class Batched:
     def descend(self, name, positions, shift, three_points, running, counted) -> float:
         walk = _BatchedWalk(self, name, positions, shift)
         return descend_ahead(self.evaluation, walk, name, positions, shift, three_points, running, counted)
+
+    def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
+        return vmapped(self.evaluation.recorded(), asked, [self.evaluation.parameters[name] for name in index])
 
     def changes(self, name: str, parameter: Tensor, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates, where `parameter` stands: (S, K)."""

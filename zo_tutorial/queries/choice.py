@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.queries.batched import Batched
-from zo_tutorial.queries.cost import batched_pays
+from zo_tutorial.queries.cost import cheaper
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.loop import Loop
 from zo_tutorial.queries.recording import tensors_in
@@ -29,8 +29,9 @@ class Choice:
     """The ways that may answer, and what is known of them.
 
     Attributes:
-        known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters, with
-            inputs of which shapes and modules in which modes. No question is put to a way that has failed it.
+        known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters and
+            roughly how often, with inputs of which shapes and modules in which modes. No way is asked again what it
+            has failed.
         answered: {(kind, parameters): (the way that answered last, {faster way: why it did not})}.
     """
 
@@ -48,7 +49,10 @@ class Choice:
         def check(way: Way, losses: Tensor) -> bool:
             return self._agrees_at(way, name, index, losses[0], shifts[0])
 
-        return self._answer("coordinates", [name], lambda way: way.coordinates(name, index, shifts), check)
+        def ask(way: Way) -> Tensor:
+            return way.coordinates(name, index, shifts)
+
+        return self._answer("coordinates", {name: index}, len(index), ask, check)
 
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
         """`Way.directions`, by the way that is right and cheapest."""
@@ -60,7 +64,10 @@ class Choice:
             mine = torch.stack([losses[0, 0], way.directions(index, first, [far])[0, 0]])
             return self._same(mine, self.loop.directions(index, first, [scales[0], far])[:, 0])
 
-        return self._answer("directions", list(index), lambda way: way.directions(index, directions, scales), check)
+        def ask(way: Way) -> Tensor:
+            return way.directions(index, directions, scales)
+
+        return self._answer("directions", index, directions.n, ask, check)
 
     def descend(
         self,
@@ -79,18 +86,31 @@ class Choice:
         def rule(way: Way) -> float:
             return way.descend(name, positions, shift, three_points, running, counted)
 
-        return self._answer("descend", [name], lambda way: way.coordinates(name, positions[:1], [shift]), check, rule)
+        def first(way: Way) -> Tensor:
+            return way.coordinates(name, positions[:1], [shift])
 
-    def _answer(self, kind: str, names: list[str], ask: Callable, check: Callable, then: Callable | None = None) -> Any:
+        return self._answer("descend", {name: positions}, 1, first, check, rule)
+
+    def _answer(
+        self,
+        kind: str,
+        index: dict[str, Index],
+        asked: int,
+        ask: Callable[[Way], Tensor],
+        check: Callable[[Way, Tensor], bool],
+        then: Callable[[Way], float] | None = None,
+    ) -> Any:
         """What the cheapest valid way answers to `ask`; once it is trusted, to `then`, if that is given.
 
         Args:
             kind: of round, a method of `Way`.
+            index: the positions that are asked for, by parameter.
+            asked: how many points the round asks about with each shift or scale.
             check: from a way and its answer to whether this could be compared with the loop; raises if they differ.
             then: what moves parameters, and so must not be tried.
         """
-        reasons: dict[str, str] = {}
-        question = self._question(kind, names)
+        names, reasons = list(index), dict[str, str]()
+        question = self._question(kind, names, asked)
         for name in self._order(kind):
             key = f"{name} {question}"
             try:
@@ -99,7 +119,7 @@ class Choice:
                 way = self.ways[name]
                 answer = None
                 if then is None or key not in self.known:
-                    self._permit(name, names)
+                    self._permit(name, kind, index, asked)
                     answer = self._attempt(ask, way)
                     if key not in self.known and check(way, answer):
                         self.known[key] = ""
@@ -125,17 +145,17 @@ class Choice:
             return ("structured",)  # copies for each single step cost more than the loop
         return {"loop": (), "batched": ("batched",)}.get(self.mode, ("structured", "batched"))
 
-    def _permit(self, way: str, names: list[str]) -> None:
+    def _permit(self, way: str, kind: str, index: dict[str, Index], asked: int) -> None:
         """Raise Unsuitable where a way would be wrong, or slower than the loop."""
         evaluation = self.evaluation
         if evaluation.compiled():
             raise Unsuitable("the model is compiled")
         if torch.is_autocast_enabled(evaluation.base.device.type):
             raise Unsuitable("autocast rounds the weights of each query")
-        if any(evaluation.parameters[name].element_size() < 4 for name in names):
+        if any(evaluation.parameters[name].element_size() < 4 for name in index):
             raise Unsuitable("in half precision the rounding of each query counts")
-        if way == "batched" and self.mode == "auto":
-            if not batched_pays(evaluation.recorded(), [evaluation.parameters[name] for name in names]):
+        if self.mode == "auto" and kind != "descend":
+            if not cheaper(evaluation.recorded(), self.ways[way].seconds(kind, index, asked)):
                 raise Unsuitable(NOT_ASKED)
 
     def _attempt(self, ask: Callable, way: Way) -> Any:
@@ -198,11 +218,11 @@ class Choice:
         allowed = SHARE[base.dtype] * (b - base.double()).abs() + times * rounding
         return ~((a - b).abs() <= allowed) & ~(a.isnan() & b.isnan()) & (a != b)
 
-    def _question(self, kind: str, names: list[str]) -> str:
+    def _question(self, kind: str, names: list[str], asked: int) -> str:
         modes = [module.training for module in self.evaluation.modules.values()]
         shapes = [tuple(tensor.shape) for tensor in tensors_in(self.evaluation.inputs)]
         kind = "coordinates" if kind == "descend" else kind
-        return f"{kind} {crc32(repr((names, modes, shapes)).encode()):08x}"
+        return f"{kind} {crc32(repr((names, modes, shapes, asked.bit_length())).encode()):08x}"
 
     def _tell(self, names: list[str], reasons: dict[str, str]) -> None:
         """Warn once that queries are slow, and why."""
@@ -215,5 +235,5 @@ class Choice:
 
 def _size(parameters: list[Tensor]) -> float:
     """The root mean square of some weights; 0.1 where they are all 0."""
-    total = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) ** 2 for p in parameters)
+    total = sum(float(torch.linalg.vector_norm(p.detach())) ** 2 for p in parameters)
     return (total / sum(parameter.numel() for parameter in parameters)) ** 0.5 or 0.1

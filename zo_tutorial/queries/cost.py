@@ -1,51 +1,81 @@
 """What a query costs by each way: an estimate of the work from the recorded pass, not a clock, so that runs repeat.
 
-A call to torch takes `CALL` seconds before it does anything, `VMAP` as many inside of vmap; then the larger of its
-multiply-adds and its bytes over the rates of one core. vmap pays the calls once for many points. But it has to copy
-the parameters for every point, and a convolution with a kernel for every point runs as a grouped one, `GROUPED` times
-as long. The bench shows estimate and clock beside each other.
+A call to torch takes `CALL` seconds before it does anything, and `VMAP` times as long inside of vmap. Its work is the
+larger of its multiply-adds and its bytes over the rates of one core; small tensors stay in the core's cache, those of
+many points together do not. So vmap pays the calls once for many points, and the memory for each one. A convolution
+with a kernel for every point runs as a grouped one, `GROUPED` times as long. The bench shows what that chooses, beside
+the clock.
 """
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, bytes_of
+from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recording, bytes_of
 
-CALL = 8e-6  # seconds
-VMAP = 6  # times as long
-RATE = 3e10  # multiply-adds a second
-BANDWIDTH = 4e9  # bytes a second
-GROUPED = 6  # times as long
+CALL = 6e-6  # seconds
+VMAP = 8
+RATE = 4e10  # multiply-adds a second
+CACHED, MEMORY = 2e10, 5e9  # bytes a second
+CACHE = 1e6  # bytes
+GROUPED = 6
+MARGIN = 0.9  # another way must promise to be faster than the loop by a tenth
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
-MARGIN = 0.9  # batched must promise to be faster by a tenth
+RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-def batched_pays(recording: Recording, parameters: list[Tensor]) -> bool:
-    """Whether points with copies of these parameters are cheaper by the dozen than one by one."""
-    perturbed = {id(parameter) for parameter in parameters}
-    reached: set[int] = set(perturbed)
-    alone = 3 * bytes_of(parameters) / BANDWIDTH  # of one point
-    together = loop = 0.0
-    for call in recording.calls:
-        work = max(multiply_adds(call) / RATE, (call.bytes + bytes_of(call.tensors)) / BANDWIDTH)
-        loop += call.primitive * CALL + work
-        together += call.primitive * CALL * VMAP
-        own = {id(parameter) for parameter in call.layer.parameters()} if call.layer else set(map(id, call.tensors))
-        if reached.isdisjoint(own) and reached.isdisjoint(map(id, call.tensors)):
-            together += work  # before the perturbed layer: once for all points
-            continue
-        reached.update(map(id, call.results))
-        grouped = is_convolution(call) and not perturbed.isdisjoint(own)
-        alone += work * (GROUPED if grouped else 1)
-    points = max(1.0, min(64.0, 40e6 / max(1, recording.bytes)))
-    return alone + together / points < MARGIN * loop
+def cheaper(recording: Recording, seconds: float) -> bool:
+    """Whether so many seconds a query are clearly fewer than those of the loop."""
+    return seconds < MARGIN * sum(_seconds(call, CALL, together=False) for call in recording.calls)
 
 
-def is_convolution(call: Call) -> bool:
+def vmapped(
+    recording: Recording, asked: int, perturbed: Iterable[Tensor], among: Iterable[Call] | None = None
+) -> float:
+    """Seconds a query if many points run at once, with a copy of some parameters for each.
+
+    Args:
+        asked: how many points there are.
+        perturbed: those parameters. What does not depend on them is computed once.
+        among: the calls that run; None: all.
+    """
+    parameters = list(perturbed)
+    reached = {id(parameter) for parameter in parameters}
+    own = set(reached)
+    calls = list(recording.calls if among is None else among)
+    points = max(1.0, min(asked, AT_ONCE / max(1, recording.bytes)))
+    total = 3 * bytes_of(parameters) / MEMORY
+    for call in calls:
+        inputs = set(map(id, call.tensors)) | {id(p) for p in (call.layer.parameters() if call.layer else ())}
+        total += VMAP * CALL * call.primitive / points
+        if among is not None or not reached.isdisjoint(inputs):
+            reached.update(map(id, call.results))
+            grouped = _is_convolution(call) and not own.isdisjoint(inputs)
+            total += _seconds(call, 0.0, together=True) * (GROUPED if grouped else 1)
+        else:
+            total += _seconds(call, 0.0, together=False) / points
+    return total
+
+
+def product(call: Call, kept: int) -> float:
+    """Seconds for what a direction with so many weights adds to the output of a dense layer."""
+    return max(multiply_adds(call) * kept / call.layer.weight.numel() / RATE, bytes_of(call.results) / MEMORY)
+
+
+def _seconds(call: Call, overhead: float, together: bool) -> float:
+    """Of one call, alone or for each of many points together."""
+    moved = call.bytes + bytes_of(call.tensors)
+    if getattr(call.function, "__name__", "") == "multi_head_attention_forward":  # one call from outside
+        moved, overhead = 4 * moved, 12 * overhead
+    rate = MEMORY if together or moved > CACHE else CACHED
+    return call.primitive * overhead + max(multiply_adds(call) / RATE, moved / rate)
+
+
+def _is_convolution(call: Call) -> bool:
     return call.function in CONVOLUTIONS or isinstance(call.layer, nn.Conv1d | nn.Conv2d)
 
 
@@ -57,12 +87,16 @@ def multiply_adds(call: Call) -> int:
         return min(call.layer.contract_flops(rows), call.layer.dense_flops(rows))
     if isinstance(call.layer, nn.Linear):
         return results * call.layer.in_features
-    if is_convolution(call):
+    if _is_convolution(call):
         weight = call.layer.weight if call.layer else call.tensors[1]
         return results * prod(weight.shape[1:])
-    if getattr(call.function, "__name__", "") in PRODUCTS:
+    name = getattr(call.function, "__name__", "")
+    if name in PRODUCTS:
         return results * call.tensors[0].shape[-1]
-    if call.function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    if name == "multi_head_attention_forward":
+        length, width = call.tensors[0].shape[0], call.tensors[0].shape[-1]
+        return call.tensors[0].numel() * (4 * width + 2 * length)
+    if call.function in RECURRENT:
         steps = call.tensors[0].shape[:-1].numel()
         return steps * sum(tensor.numel() for tensor in call.tensors if tensor.dim() == 2)
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.queries.cost import product, vmapped
 from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
 from zo_tutorial.queries.sensitivity import units_back, units_first
 from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
@@ -61,6 +62,13 @@ class Directional:
         starts = range(0, directions.n, portion)
         rows = (directions.rows(start, min(start + portion, directions.n)) for start in starts)
         return torch.cat([self._losses(u, scales) for u in rows], 1)
+
+    def seconds(self, asked: int) -> float:
+        """An estimate of what a query takes."""
+        weights = {layer: positions for (layer, name), positions in self.index.items() if name != "bias"}
+        first = sum(product(call, len(weights.get(layer, ()))) for layer, call in self.dense.items())
+        copied = [layer.get_parameter(name) for layer, name in self.index if layer not in self.dense]
+        return first + vmapped(self.recording, asked, copied, self.calls)
 
     def _losses(self, directions: Tensor, scales: list[float]) -> Tensor:
         outputs: dict[nn.Module, Tensor] = {}

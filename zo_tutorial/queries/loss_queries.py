@@ -266,5 +266,5 @@ def _plain():
 
 def _fingerprint(weight: Tensor) -> tuple:
     """What tells whether a parameter was written to."""
-    dtype = torch.complex128 if weight.is_complex() else torch.float64
-    return version(weight), str(weight.detach().sum(dtype=dtype).item())
+    weight = weight.detach()
+    return version(weight), str(weight.sum().item()), torch.linalg.vector_norm(weight).item()

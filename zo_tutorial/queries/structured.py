@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.queries.cost import vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
@@ -44,13 +45,21 @@ class Structured:
         return self.evaluation.base + probe.look(index, shifts)
 
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
-        evaluation = self.evaluation
-        layers = {self._layer(name): positions for name, positions in index.items()}
-        return Directional(evaluation.recorded(), layers, evaluation.room()).losses(directions, scales)
+        return self._directional(index).losses(directions, scales)
 
     def descend(self, name, positions, shift, three_points, running, counted) -> float:
         walk = Walk(self._probe(name), positions, shift)
         return descend_ahead(self.evaluation, walk, name, positions, shift, three_points, running, counted)
+
+    def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
+        if kind == "directions":
+            return self._directional(index).seconds(asked)
+        suffixes = [probe.suffix.calls for probe in map(self._probe, index) if probe.head is None]
+        return sum(vmapped(self.evaluation.recorded(), asked, [], calls) for calls in suffixes)
+
+    def _directional(self, index: dict[str, Index]) -> Directional:
+        layers = {self._layer(name): positions for name, positions in index.items()}
+        return Directional(self.evaluation.recorded(), layers, self.evaluation.room())
 
     def _probe(self, name: str) -> "Probe":
         layer, parameter = self._layer(name)

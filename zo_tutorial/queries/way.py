@@ -18,8 +18,8 @@ class Way(Protocol):
     """One way to answer what a step asks.
 
     All give the losses of the loop, up to rounding, from where the parameters stand, and leave the model as it was;
-    only `descend` moves parameters. A new way is a class with these three methods, entered in
-    `zo_tutorial.queries.choice`. Each may raise `Unsuitable`.
+    only `descend` moves parameters. A new way is a class with these methods, entered in `zo_tutorial.queries.choice`.
+    Each may raise `Unsuitable`.
     """
 
     def coordinates(self, name: str, index: Tensor, shifts: list[float]) -> Tensor:
@@ -43,6 +43,10 @@ class Way(Protocol):
 
         Each loss that the rule asks for goes through `counted`.
         """
+        ...
+
+    def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
+        """An estimate of what a query takes, in a round of so many "coordinates" or "directions" (`cost`)."""
         ...
 
 
