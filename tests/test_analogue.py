@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zo_tutorial import TensorizedLinear_module_tonn, ZO_SCD_mask, ZO_SGD_mask
-from zo_tutorial.analogue import AnalogueLinear, mesh, phases_of
+from zo_tutorial.models.analogue import AnalogueLinear, mesh, phases_of
 
 ERRORS = {"bits": 7, "offset": 0.1, "gain": 0.05, "crosstalk": 0.02}
 
