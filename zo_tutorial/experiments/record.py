@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from zo_tutorial.experiments.config import ExperimentError
+from zo_tutorial.experiments.errors import ExperimentError
 
 # What every record holds. `queries` are loss queries, `seconds` those spent in training steps; `curve` is a list of
 # {epoch, queries, seconds, loss, val_…}, with each metric on the validation part: one entry an epoch, and five within

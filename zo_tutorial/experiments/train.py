@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from zo_tutorial import pruning
 from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from zo_tutorial.experiments.config import Config, ExperimentError
+from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
+from zo_tutorial.experiments.schema import Config
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
