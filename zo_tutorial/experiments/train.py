@@ -246,11 +246,11 @@ def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | 
         elif group.method == "random":
             masks = pruning.random(model, ratio, generator, modules)
         else:
-            batch = task.sample(group.per_class, generator)
+            batch, seed = task.sample(group.per_class, generator), _generator(config, "pruning dropout").initial_seed()
             if group.method == "snip":
-                masks = pruning.snip(model, task.loss, *batch, ratio, modules)
+                masks = pruning.snip(model, task.loss, *batch, ratio, modules, seed=seed)
             else:
-                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules)
+                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules, seed=seed)
         if group.shuffle:
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)
