@@ -30,7 +30,7 @@ from zo_tutorial.data import DataError
 from zo_tutorial.data.mnist import TIMEOUT, folder
 
 PAD, UNKNOWN, SENTENCE = "<pad>", "<unk>", "<cls>"  # words 0, 1 and 2
-UNK = "UNK"  # tag 0 and intent 0: no training sentence has it
+UNK, UNK_ID = "UNK", 0  # tag 0 and intent 0: no training sentence has it
 IGNORED = -100  # target at the sentence token and at padding; cross_entropy's default
 SYNTHETIC_SIZES = (2000, 250, 250)
 Sentence = tuple[list[str], list[str], str]  # words, tags, intent
