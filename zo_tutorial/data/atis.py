@@ -182,9 +182,12 @@ def _read(files: dict[str, Path], part: str) -> list[Sentence]:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The lines of a file, split at white space. Raises DataError where a line, or the file, is empty."""
+    """The lines of a file, split at white space. Raises DataError where a line, or the file, is empty.
+
+    A byte order mark, which some editors put at the start, is no part of the first line.
+    """
     try:
-        *lines, rest = (line.split() for line in path.read_text(encoding="utf-8").split("\n"))
+        *lines, rest = (line.split() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged or cannot be read: {error}") from error
     if rest or not lines:
