@@ -232,14 +232,14 @@ class _Explorer:
         picture = ipywidgets.HTML(_img(*self.frames[0]))
         sliders = {
             name: ipywidgets.SelectionSlider(
-                options=list(zip(self.texts[name], values, strict=True)), description=name, continuous_update=False
+                options=[(text, k) for k, text in enumerate(texts)], description=name, continuous_update=False
             )
-            for name, values in self.grid.items()
+            for name, texts in self.texts.items()
         }
 
         def show(change):
             try:
-                picture.value = _img(*self._frame({name: slider.value for name, slider in sliders.items()}))
+                picture.value = _img(*self._frame({name: self.grid[name][s.value] for name, s in sliders.items()}))
             except Exception:  # a widget swallows what its callback raises: show it in place of the picture
                 picture.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
 
