@@ -108,7 +108,7 @@ def plot_curves(records, x="queries", y="val_accuracy", ax=None):
     if x == "queries":
         ax.set_xscale("log")
     ax.set(xlabel=_AXIS_LABELS.get(x, x), ylabel=_AXIS_LABELS.get(y, y))
-    if y.endswith("accuracy"):
+    if y.endswith(("accuracy", "f1")):
         ax.yaxis.set_major_formatter("{x:.0%}")
     ax.legend()
     return ax
@@ -118,6 +118,8 @@ _AXIS_LABELS = {
     "queries": "loss queries",
     "seconds": "seconds",
     "val_accuracy": "validation accuracy",
+    "val_intent_accuracy": "validation intent accuracy",
+    "val_slot_f1": "validation slot F1",
 }
 
 

@@ -1,6 +1,7 @@
 """Reading a config: a YAML file, values that win over it, and `quick`, which cuts it to seconds."""
 
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _quick(config: Config) -> dict:
 def _find(path: str | Path) -> Path:
     """The file itself, or the config of the package that is meant."""
     name = str(path).removeprefix("configs/").removesuffix(".yml")
-    for file in (Path(path), CONFIGS / f"{name}.yml"):
+    for file in (Path(os.path.expanduser(path)), CONFIGS / f"{name}.yml"):
         if file.is_file():
             return file
     raise ExperimentError(f"{path}: no such file, and no config of the package; --list shows those")

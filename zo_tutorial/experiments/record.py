@@ -45,7 +45,7 @@ def save_record(path: Path, record: dict) -> None:
 def load_record(path: str | Path) -> dict:
     """Read a record. Raises ExperimentError where there is none, or where it is damaged."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{path}: no record can be read: {error}") from error
     known = record if isinstance(record, dict) else {}

@@ -121,7 +121,7 @@ def reproduce(
     Raises:
         ExperimentError, DataError: a record in the folder that is another run's; data that cannot be had.
     """
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     out.mkdir(parents=True, exist_ok=True)
     records = [_finished(one, out) for one in runs]
     waiting = [k for k, record in enumerate(records) if record is None]

@@ -1,6 +1,7 @@
 """One experiment from its config to its record: one loop for first-order and zeroth-order training."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def run(
         FloatingPointError: the loss became NaN or infinite.
     """
     say = (lambda line: None) if quiet else tqdm.write
-    out = out and Path(out)
+    out = out and Path(os.path.expanduser(out))
     finished = _check_files(config, out, resume)
     if finished:
         say(f"{out}: finished already")
