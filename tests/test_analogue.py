@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zo_tutorial import TensorizedLinear_module_tonn, ZO_SCD_mask, ZO_SGD_mask
-from zo_tutorial.analogue import AnalogueLinear, mesh, phases_of
+from zo_tutorial.models.analogue import AnalogueLinear, mesh, phases_of
 
 ERRORS = {"bits": 7, "offset": 0.1, "gain": 0.05, "crosstalk": 0.02}
 
@@ -69,6 +69,16 @@ def test_from_linear_sets_an_ideal_chip():
     linear = nn.Linear(24, 10)
     analogue = AnalogueLinear.from_linear(linear, [4, 3, 2], [1, 5, 2], 100)
     torch.testing.assert_close(analogue.to_matrix(), linear.weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_chip_has_the_precision_of_its_layer(dtype):
+    linear = nn.Linear(24, 10).to(dtype)
+    analogue = AnalogueLinear.from_linear(linear, [4, 3, 2], [1, 5, 2], 100)
+    assert {tensor.dtype for tensor in (*analogue.parameters(), *analogue.buffers())} == {dtype}
+    assert analogue(torch.randn(5, 24).to(dtype)).dtype == dtype
+    error = 1e-12 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(analogue.to_matrix(), linear.weight, atol=error, rtol=0)
 
 
 def test_many_bits_come_to_continuous_phases_and_few_do_not():

@@ -101,6 +101,24 @@ def test_the_environment_names_the_folder(files, tmp_path, monkeypatch):
     assert data.source == "full" and len(data.train.intents) == 3
 
 
+def test_a_tilde_is_the_home_folder(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("ZO_TUTORIAL_DATA", f"~/{tmp_path.name}")
+    assert atis.load("auto").source == atis.load("full", f"~/{tmp_path.name}").source == "full"
+
+
+@pytest.mark.parametrize("name", ["seq.in", "seq.out", "label"])
+@pytest.mark.parametrize("part", ["train", "dev", "test"])
+def test_a_byte_order_mark_is_no_part_of_a_word(files, tmp_path, part, name):
+    without = atis.load("full", tmp_path)
+    path = files / part / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = atis.load("full", tmp_path)
+    assert marked[4:] == without[4:]  # the names
+    for ours, theirs in zip(marked[1:4], without[1:4], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 def test_majority(files, tmp_path):
     data = atis.load("full", tmp_path)
     intent, tag = atis.majority(data.train)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from zo_tutorial import bench, viz
 from zo_tutorial.__main__ import main
+from zo_tutorial.experiments.record import FIELDS, RESULTS
 
 PYTHON_M = [sys.executable, "-m", "zo_tutorial"]
 FC = ["mnist", "-config", "MNIST/FC/FO.yml"]
@@ -217,3 +219,57 @@ def test_plot_draws_records(elsewhere, capsys):
     assert "missing.json" in error_of(capsys, "plot", "missing.json", "--out", "other.png")
     assert ".png" in error_of(capsys, "plot", "record.json", "--out", "picture.pdf")
     assert not (elsewhere / "other.png").exists()
+
+
+def record_of(name: str, task: str, *measures: str) -> str:
+    """A record as `run` writes it, in the fields that a plot reads."""
+    curve = [{"epoch": n, "queries": 10 * n, **{f"val_{m}": n / 5 for m in measures}} for n in (1, 2, 3)]
+    return json.dumps(dict.fromkeys(FIELDS + RESULTS[task]) | {"name": name, "curve": curve})
+
+
+def test_plot_draws_records_of_the_encoder_and_no_mixture(elsewhere, capsys, monkeypatch):
+    for k, name in enumerate(("ATIS/TTM/SCD_esti", "ATIS/TTM/FO", "ATIS/GraSP/SGD")):
+        (elsewhere / f"atis{k}.json").write_text(record_of(name, "ATIS", "intent_accuracy", "slot_f1"))
+    (elsewhere / "mnist.json").write_text(record_of("MNIST/TTM/SGD", "MNIST", "accuracy"))
+    drawn, plot_curves = [], viz.plot_curves
+    monkeypatch.setattr(viz, "plot_curves", lambda *args, **options: drawn.append(plot_curves(*args, **options)))
+    assert main(["plot", "atis0.json", "atis1.json", "atis2.json", "--out", "picture.png"]) == 0
+    assert [ax.get_ylabel() for ax in drawn] == ["validation intent accuracy", "validation slot F1"]
+    assert all(len(ax.get_lines()) == 3 for ax in drawn)
+    assert (elsewhere / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for order in (["atis0.json", "mnist.json"], ["mnist.json", "atis0.json", "mnist.json"]):
+        assert "records of MNIST and of ATIS" in error_of(capsys, "plot", *order, "--out", "other.png")
+    assert not (elsewhere / "other.png").exists()
+
+
+def test_a_tilde_is_the_home_folder(elsewhere, capsys, monkeypatch):
+    home = elsewhere / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "mine.yml").write_text("model: {name: MNIST_FC, hidden: 5}\noptimizer: {name: FO}\ntraining: {epochs: 1}\n")
+    assert main(["mnist", "-config", "~/mine.yml", "--quick", "--root", "~/data", "--out", "~/record.json"]) == 0
+    assert main(["mnist", "-config", "~/mine.yml", "--quick", "--out", "~/record.json", "--resume"]) == 0
+    assert main(["plot", "~/record.json", "--out", "~/picture.png"]) == 0
+    assert main(["data", "--root", "~/data"]) == 0
+    assert f"data folder: {home}/data: no MNIST" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "bench", lambda *arguments, **options: [])
+    monkeypatch.setattr(bench, "plot", lambda rows, figure: None)
+    assert main(["bench", "--out", "~/bench.json", "--plot", "~/bench.png"]) == 0
+    one = ["reproduce", "mnist", "--quick", "--only", "MNIST/FC/FO", "--jobs", "1", "--out", "~/table"]
+    assert main(one) == 0
+    assert (home / "table" / "MNIST_FC_FO_s0.json").exists()
+    names = {"mine.yml", "record.json", "record.ckpt", "picture.png", "bench.json", "bench.png", "table"}
+    assert {path.name for path in home.iterdir()} == names
+    assert [path.name for path in elsewhere.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["mnist", "--list"], ["reproduce", "mnist", "--list"], QUICK, ["--help"]])
+def test_a_reader_that_goes_away_ends_the_command_quietly(arguments, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run([*PYTHON_M, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert result.stderr == ""
+    assert result.returncode == 141 or (arguments == ["--help"] and unbuffered)  # argparse passes over it

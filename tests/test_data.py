@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,23 @@ def test_the_cache_folder_is_the_last_choice(tmp_path, monkeypatch):
     monkeypatch.setenv("ZO_TUTORIAL_DATA", str(tmp_path / "data"))
     assert mnist.folder() == tmp_path / "data"
     assert mnist.folder(tmp_path / "given") == tmp_path / "given"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ZO_TUTORIAL_DATA", "~/data")
+    assert mnist.folder() == tmp_path / "data"
+    assert mnist.folder("~/given") == mnist.folder(Path("~/given")) == tmp_path / "given"
+    monkeypatch.delenv("ZO_TUTORIAL_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    assert mnist.folder() == tmp_path / "cache" / "zo_tutorial"
+    assert mnist.folder("~nobody-of-this-name/d") == Path("~nobody-of-this-name/d")  # a name as good as any
+
+
+def test_full_from_a_folder_with_a_tilde(raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("ZO_TUTORIAL_DATA", f"~/{tmp_path.name}")
+    assert mnist.load("auto").source == mnist.load("full", f"~/{tmp_path.name}").source == "full"
 
 
 def test_unknown_source():

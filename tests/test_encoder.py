@@ -80,6 +80,24 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(slots[2:3, :4], alone_slots)
 
 
+@pytest.mark.parametrize("focus", [None, [(-1, 2.0), (0, 0.5)]])
+@pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]])
+def test_a_row_of_padding_is_finite_and_changes_no_other(focus, empty):
+    net, tokens = small(focus=focus), sentences()
+    others = [row for row in range(4) if row not in empty]
+    before, mask = net(tokens), net.mask(tokens)
+    tokens[empty] = 0
+    after = net(tokens)
+    for ours, theirs in zip(after, before, strict=True):
+        assert ours.isfinite().all() and torch.equal(ours[others], theirs[others])
+    assert torch.equal(net.mask(tokens)[others], mask[others])
+    sum(part.sum() for part in after).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    theta = {name: torch.stack([p.detach(), p.detach()]) for name, p in net.named_parameters()}
+    many = vmap(lambda parameters: functional_call(net, parameters, (tokens,))[0])(theta)
+    torch.testing.assert_close(many, torch.stack([after[0], after[0]]))
+
+
 def test_order_and_segments_matter():
     net, tokens = small(), sentences()[:1]
     intent, _ = net(tokens)

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import Config, ExperimentError, load_config, load_record, run
-from zo_tutorial.experiments import config as schema
 from zo_tutorial.experiments.checkpoint import load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.config import names, parse_overrides
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import FIELDS, RESULTS
 from zo_tutorial.experiments.tasks import Digits
@@ -68,7 +68,7 @@ def without_seconds(curve):
 
 
 def test_all_configs_are_there_and_valid():
-    assert {name for name in schema.names() if name.startswith("MNIST/")} == SHIPPED
+    assert {name for name in names() if name.startswith("MNIST/")} == SHIPPED
     for name in SHIPPED:
         config = load_config(name)
         assert config.name == name == load_config(f"configs/{name}.yml").name
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_config(small, content):
 
 def test_overrides(small):
     assignments = ["optimizer.lr=1e-3", "training.max_steps=7", "pruning=null", "optimizer.adam=no"]
-    config = load_config(small, schema.parse_overrides(assignments))
+    config = load_config(small, parse_overrides(assignments))
     assert config.optimizer.lr == 0.001 and config.optimizer.adam is False
     assert config.training.max_steps == 7 and config.pruning is None
     assert load_config(small, {"scheduler.name": "cosine"}).scheduler.name == "cosine"  # makes the group
@@ -173,7 +173,7 @@ def test_overrides(small):
         load_config(small, {"optimizer.lr.x": 1})
     for assignment in ("optimizer.lr", "=3", "optimizer.lr=[1"):
         with pytest.raises(ExperimentError, match="--set"):
-            schema.parse_overrides([assignment])
+            parse_overrides([assignment])
 
 
 def test_overrides_win_over_quick():

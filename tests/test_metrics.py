@@ -45,6 +45,27 @@ def test_metrics_of_two_sentences():
     assert joint_metrics(intents, tags, part, names) == {
         "intent_accuracy": 0.5,
         "slot_f1": pytest.approx(2 / 3),  # the unknown tag is a chunk that cannot be found: P = 1, R = 1/2
-        "token_accuracy": 1.0,
+        "token_accuracy": pytest.approx(0.8),  # it is never right, though the prediction has its id
         "sentence_accuracy": 0.5,
     }
+
+
+@pytest.mark.parametrize("guess", [0, 1])
+def test_what_training_does_not_know_is_never_right(guess):
+    names = ("UNK", "O", "B-a")
+    slots = torch.tensor([[IGNORED, 1, 2], [IGNORED, 1, 0], [IGNORED, 0, IGNORED]])
+    part = Split(torch.ones(3, 3, dtype=torch.int64), slots, torch.tensor([0, 1, 0]))
+    tags = torch.where(slots > 0, slots, guess)  # all that can be known is right
+    metrics = joint_metrics(torch.where(part.intents > 0, part.intents, guess), tags, part, names)
+    assert metrics == {
+        "intent_accuracy": pytest.approx(1 / 3),
+        "slot_f1": pytest.approx(2 / 4),  # three chunks, of which one is found
+        "token_accuracy": pytest.approx(3 / 5),
+        "sentence_accuracy": 0.0,  # an unknown intent, an unknown tag, both
+    }
+
+
+def test_an_unknown_tag_makes_no_other_sentence_wrong():
+    part = Split(torch.ones(2, 2, dtype=torch.int64), torch.tensor([[IGNORED, 0], [IGNORED, 1]]), torch.tensor([1, 1]))
+    metrics = joint_metrics(part.intents, part.slots.clamp_min(0), part, ("UNK", "O"))
+    assert metrics == {"intent_accuracy": 1.0, "slot_f1": 0.0, "token_accuracy": 0.5, "sentence_accuracy": 0.5}

@@ -1,5 +1,6 @@
 """The MNIST models: their counts, their inputs, their start."""
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call, vmap
@@ -91,3 +92,17 @@ def test_bad_arguments_are_one_clear_line():
         MNIST_TTM(out_factors=[1, 5, 2, 2])
     with pytest.raises(ValueError, match="widths must be three"):
         MNIST_CNN(widths=(8, 16))
+
+
+def test_sizes_may_be_integers_of_numpy():
+    factors = {"in_factors": np.array([4, 7, 7, 4], dtype=np.int8), "max_rank": np.int64(4)}
+    factors |= {"hidden_factors": np.array([4, 4, 4, 4], dtype=np.int8), "out_factors": np.array([1, 5, 2, 1])}
+    for model, same in (
+        (MNIST_TTM(**factors), MNIST_TTM()),
+        (MNIST_TTM(layer="TensorizedLinear_module_tonn", **factors), MNIST_TTM(layer="TensorizedLinear_module_tonn")),
+        (MNIST_TT(**factors), MNIST_TT(max_rank=4)),
+        (MNIST_FC(np.int64(16)), MNIST_FC(16)),
+        (MNIST_CNN(np.array([4, 5, 6])), MNIST_CNN([4, 5, 6])),
+    ):
+        assert [p.shape for p in model.parameters()] == [p.shape for p in same.parameters()]
+        assert model(torch.zeros(2, 784)).shape == (2, 10)

@@ -1,13 +1,23 @@
 """Pruning at initialisation: the GraSP score against brute force, and what every mask must be."""
 
+import copy
+import warnings
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_net
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from zo_tutorial import MNIST_FC, MNIST_TTM, pruning
+from zo_tutorial.randomness import RandomState
+from zo_tutorial.temperature import divided
 
 
 def tiny():
@@ -225,3 +235,463 @@ def test_the_table_adds_up():
     lines = pruning.table(masks).splitlines()
     assert lines[1].split() == ["a.weight", "4", "1", "3", "25.00"]
     assert lines[-1].split() == ["all", "10", "7", "3", "70.00"]
+
+
+# Scores that cannot be ranked, layers that vanish.
+
+
+def scoring(net, x, y):
+    """What ranks scores, each as a call."""
+    return {
+        "grasp": lambda: pruning.grasp(net, cross_entropy, x, y, 0.5),
+        "grasp_scores": lambda: pruning.grasp_scores(net, cross_entropy, x, y, 1.0),
+        "snip": lambda: pruning.snip(net, cross_entropy, x, y, 0.5),
+        "from losses": lambda: pruning.grasp_scores_from_losses(net, cross_entropy, x, y, 1e-2, "loop", 1.0),
+        "magnitude": lambda: pruning.magnitude(net, 0.5),
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", ["grasp", "grasp_scores", "snip", "from losses", "magnitude"])
+def test_a_weight_that_is_not_finite_is_an_error(method, value):
+    net = tiny()
+    with torch.no_grad():
+        net[2].weight[1, 2] = value
+    with pytest.raises(FloatingPointError, match="loss" if method == "from losses" else "weight"):
+        scoring(net, *batch())[method]()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["grasp", "grasp_scores", "snip", "from losses"])
+def test_an_input_that_is_not_finite_is_an_error(method, value):
+    x, y = batch()
+    x[3, 1] = value
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()
+    with pytest.raises(FloatingPointError):
+        scoring(net, x, y)[method]()
+
+
+def test_magnitude_looks_at_the_weights_that_it_ranks():
+    net = tiny()
+    with torch.no_grad():
+        net[2].weight[1, 2] = float("nan")
+        net[0].bias[0] = float("inf")
+    assert pruning.magnitude(net, 0.5, ["0"])["0.weight"].sum() == 6
+    with pytest.raises(FloatingPointError, match=r"the scores of '2\.weight' are NaN or infinite"):
+        pruning.magnitude(net, 0.5)
+
+
+def test_finite_losses_with_infinite_scores_are_an_error():
+    net = tiny()
+    with pytest.raises(FloatingPointError, match=r"the scores of '0\.weight'"):
+        pruning.grasp_scores_from_losses(net, cross_entropy, *batch(), 1e-170, "loop", 1.0)  # h² is 0
+
+
+@pytest.mark.parametrize("method", ["grasp", "snip", "magnitude", "random"])
+def test_a_layer_that_is_pruned_away_is_named(method):
+    net = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 1), nn.Tanh(), nn.Linear(1, 3)).double()
+    with torch.no_grad():
+        net[2].weight.mul_(1e-9)
+    x, y = batch()
+    prune = {
+        "grasp": lambda ratio: pruning.grasp(net, lambda o, y: -cross_entropy(o, y), x, y, ratio, 1.0),
+        "snip": lambda ratio: pruning.snip(net, lambda o, y: o.square().sum(), x, y, ratio),
+        "magnitude": lambda ratio: pruning.magnitude(net, ratio),
+        "random": lambda ratio: pruning.random(net, ratio, torch.Generator().manual_seed(0)),
+    }[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(mask.any() for mask in prune(0.0).values())
+    with pytest.warns(UserWarning, match=r"pruning keeps no weight of .*\d\.weight") as caught:
+        masks = prune(0.99)
+    assert caught[0].filename == __file__
+    gone = [name for name, mask in masks.items() if not mask.any()]
+    assert gone and str(caught[0].message) == f"pruning keeps no weight of {', '.join(gone)}"
+
+
+# Draws of the model.
+
+
+@pytest.mark.parametrize("method", ["grasp", "snip", "from losses"])
+def test_dropout_follows_the_seed_and_the_global_generators_stand_still(method):
+    net = make_net("nn.Linear", dropout=0.5)
+    x, y = batch(6)
+    score = {
+        "grasp": lambda **seed: pruning.grasp(net, cross_entropy, x, y, 0.5, **seed),
+        "snip": lambda **seed: pruning.snip(net, cross_entropy, x, y, 0.5, **seed),
+        "from losses": lambda **seed: pruning.grasp_scores_from_losses(net, cross_entropy, x, y, 1e-2, **seed)[0],
+    }[method]
+    found = []
+    for elsewhere, seed in ((7, {}), (8, {"seed": 0}), (8, {"seed": 1})):
+        torch.manual_seed(elsewhere)
+        state = RandomState()
+        found.append(torch.cat([score.flatten() for score in score(**seed).values()]))
+        assert RandomState() == state
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+# What autograd meets in other models.
+
+
+class Attention(nn.Module):
+    """Self-attention by one of three ways, between two linear layers; (B, 6) -> (B, 3)."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.query, self.head = way, nn.Linear(6, 6), nn.Linear(6, 3)
+        self.layer = {
+            "function": nn.Identity,
+            "attention": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+            "encoder": lambda: nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True),
+        }[way]()
+
+    def forward(self, x):
+        x = self.query(torch.stack([x, x.roll(1, 1), x.square()], 1))  # (B, 3, 6)
+        if self.way == "function":
+            x = nn.functional.scaled_dot_product_attention(x, x, x)
+        else:
+            x = self.layer(x, x, x, need_weights=False)[0] if self.way == "attention" else self.layer(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", ["function", "attention", "encoder"])
+def test_fused_attention_is_scored(way, training):
+    torch.manual_seed(0)
+    net = Attention(way).double().train(training)
+    x, y = batch(6)
+    scores = pruning.grasp_scores(net, cross_entropy, x, y, 1.0)
+    shift = 1e-5  # along Hg: θᵀHg is the change of gᵀg / 2 when all weights grow in proportion
+
+    def slope(scale):
+        weights = {name: p.detach() * scale for name, p in net.named_parameters() if name in scores}
+        weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+        loss = cross_entropy(functional_call(net, weights, (x,)), y)
+        return sum(g.square().sum() for g in torch.autograd.grad(loss, weights.values())) / 2
+
+    expected = (slope(1 - shift) - slope(1 + shift)) / (2 * shift)
+    torch.testing.assert_close(sum(score.sum() for score in scores.values()), expected, rtol=1e-5, atol=1e-9)
+    assert pruning.snip(net, cross_entropy, x, y, 0.5).keys() == scores.keys()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, kind=tuple):
+        super().__init__()
+        self.body, self.used, self.unused, self.kind = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2), kind
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        return self.kind((self.used(hidden), self.unused(hidden)))
+
+
+def test_weights_without_effect_have_score_0():
+    net = TwoHeads().double()
+    x, y = batch()
+    scores = pruning.grasp_scores(net, lambda outputs, y: cross_entropy(outputs[0], y), x, y)
+    assert not scores["unused.weight"].any() and scores["used.weight"].all() and scores["body.weight"].all()
+    assert not pruning.snip(net, lambda outputs, y: cross_entropy(outputs[0], y), x, y, 0.3)["unused.weight"].any()
+
+
+def test_a_loss_that_is_linear_in_the_weights_has_scores_0():
+    scores = pruning.grasp_scores(nn.Linear(3, 3).double(), lambda outputs, y: outputs.sum(), *batch())
+    assert not scores["weight"].any()
+
+
+class Rounded(nn.Linear):
+    """Autograd follows the bias only."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.detach().round(), self.bias)
+
+
+@pytest.mark.parametrize(
+    "net, criterion",
+    [
+        (nn.Linear(3, 3), lambda outputs, y: cross_entropy(outputs, y).item()),
+        (nn.Linear(3, 3), lambda outputs, y: cross_entropy(outputs, y).detach()),
+        (nn.Linear(3, 3), lambda outputs, y: cross_entropy(outputs, y, reduction="none")),
+        (nn.Linear(3, 3), lambda outputs, y: (outputs.argmax(1) != y).sum()),
+        (Rounded(3, 3), cross_entropy),
+    ],
+)
+def test_a_loss_that_autograd_cannot_follow_is_one_clear_line(net, criterion):
+    for prune in (pruning.grasp, pruning.snip):
+        with pytest.raises(ValueError, match="one number that autograd can follow back to the weights"):
+            prune(net.double(), criterion, *batch(), 0.5)
+
+
+class Once(torch.autograd.Function):
+    """exp, whose derivative autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.exp())
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0]
+
+
+class Fused(torch.autograd.Function):
+    """The same, with a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return Fused.Slope.apply(ctx.saved_tensors[0]) * slope
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.exp()
+
+        @staticmethod
+        def backward(ctx, slope):
+            raise NotImplementedError("derivative for aten::fused_backward is not implemented\nand more")
+
+
+@pytest.mark.parametrize("function", [Once, Fused])
+def test_second_derivatives_that_do_not_exist(function):
+    class Exp(nn.Module):
+        def forward(self, x):
+            return function.apply(x)
+
+    net = nn.Sequential(nn.Linear(3, 4), Exp(), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match="GraSP needs second derivatives, snip only first ones") as caught:
+        pruning.grasp(net, cross_entropy, *batch(), 0.5)
+    assert "\n" not in str(caught.value)
+    assert sum(int(mask.sum()) for mask in pruning.snip(net, cross_entropy, *batch(), 0.5).values()) == 12
+
+
+def test_scoring_works_where_gradients_are_off():
+    net = tiny()
+    expected = pruning.grasp(net, cross_entropy, *batch(), 0.5)
+    with torch.no_grad():
+        found = pruning.grasp(net, cross_entropy, *batch(), 0.5)
+    net.requires_grad_(False)
+    for masks in (found, pruning.grasp(net, cross_entropy, *batch(), 0.5)):
+        assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+# Inputs and outputs of all kinds.
+
+Pair = namedtuple("Pair", "first second")
+
+
+class Sum(nn.Module):
+    """Takes one thing or two, and has the map of `tiny`."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, first, second=None):
+        if isinstance(first, Pair):
+            first, second = first
+        if isinstance(first, PackedSequence):
+            first = first.data
+        return self.net(first if second is None else first + second)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda x: (x / 2, x / 2),
+        lambda x: [x / 2, x / 2],
+        lambda x: (x,),
+        lambda x: Pair(x / 2, x / 2),
+        lambda x: {"first": x / 2, "second": x / 2},
+        lambda x: UserDict(first=x / 2, second=x / 2),
+        lambda x: pack_sequence([x]),
+    ],
+)
+def test_inputs_of_all_kinds(inputs):
+    x, y = batch()
+    net = Sum()
+    for prune in (pruning.grasp, pruning.snip):
+        expected, found = prune(net, cross_entropy, x, y, 0.5), prune(net, cross_entropy, inputs(x), y, 0.5)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@dataclass
+class Output(OrderedDict):
+    """Entries that are attributes too, as of Hugging Face's ModelOutput."""
+
+    logits: torch.Tensor
+    loss: None = None
+
+    def __post_init__(self):
+        self["logits"] = self.logits
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+Named = namedtuple("Named", "hidden logits")
+OUTPUTS = {  # how an output is made of logits, and how they are got back, which says what must have been divided
+    "dict": (lambda z: {"logits": z, "loss": None, "n": 3}, lambda o: o["logits"]),
+    "dict of any names": (lambda z: {"intent": z, "ids": z.argmax(1), "kind": "a"}, lambda o: o["intent"]),
+    "list": (lambda z: [z, None], lambda o: o[0]),
+    "tuple": (lambda z: (z, (z, [z])), lambda o: o[0] + o[1][0] - o[1][1][0]),
+    "nested": (lambda z: ({"a": [z]}, 5), lambda o: o[0]["a"][0]),
+    "object": (lambda z: SimpleNamespace(logits=z, hidden=z), lambda o: o.logits),
+    "only the logits": (lambda z: SimpleNamespace(logits=z, hidden=z), lambda o: o.logits + 0 * o.hidden),
+    "slots": (Slots, lambda o: o.logits),
+    "frozen": (lambda z: Frozen(z, z), lambda o: o.logits),
+    "named tuple": (lambda z: Named(z.exp(), z), lambda o: o.logits),
+    "other named tuple": (lambda z: Pair(z, 2), lambda o: o.first),
+    "model output, by name": (Output, lambda o: o.logits),
+    "model output, by key": (Output, lambda o: o["logits"]),
+    "attributes, by name": (lambda z: Attributes(logits=z), lambda o: o.logits),
+    "attributes, by key": (lambda z: Attributes(logits=z), lambda o: o["logits"]),
+    "logits of two heads": (lambda z: SimpleNamespace(logits=(z, z)), lambda o: o.logits[0] / 2 + o.logits[1] / 2),
+    "object in a list": (lambda z: [SimpleNamespace(logits=z)], lambda o: o[0].logits),
+    "return type": (lambda z: z.sort(stable=True), lambda o: o.values.gather(1, o.indices.argsort(1))),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net, self.wrap = tiny(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 200.0])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_the_temperature_divides_the_logits_of_any_output(kind, temperature):
+    wrap, unwrap = OUTPUTS[kind]
+    expected = pruning.grasp_scores(Wrapped(lambda z: z), cross_entropy, *batch(), temperature)
+
+    def criterion(outputs, y):
+        return cross_entropy(unwrap(outputs), y)
+
+    found = pruning.grasp_scores(Wrapped(wrap), criterion, *batch(), temperature)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+    assert pruning.snip(Wrapped(wrap), criterion, *batch(), 0.5).keys() == expected.keys()
+
+
+def test_what_is_not_called_logits_stays_where_something_is():
+    z = torch.ones(2, 3)
+    output = divided(SimpleNamespace(logits=z, hidden=z), 4.0)
+    assert torch.equal(output.logits, z / 4) and output.hidden is z
+    output = divided({"logits": z, "hidden": z, "past": ((z,),)}, 4.0)
+    assert torch.equal(output["logits"], z / 4) and output["hidden"] is z and output["past"][0][0] is z
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda z: SimpleNamespace(scores=z), lambda z: z.argmax(1), lambda z: {"ids": z.argmax(1)}, lambda z: [], str],
+)
+def test_an_output_without_logits_is_one_clear_line(wrap):
+    with pytest.raises(ValueError, match="set temperature=1, which takes any output") as caught:
+        pruning.grasp(Wrapped(wrap), cross_entropy, *batch(), 0.5)
+    assert "\n" not in str(caught.value)
+
+
+def test_temperature_1_takes_any_output():
+    net = Wrapped(lambda z: SimpleNamespace(scores=z))
+    masks = pruning.grasp(net, lambda outputs, y: cross_entropy(outputs.scores, y), *batch(), 0.5, 1.0)
+    expected = pruning.grasp(net.net, cross_entropy, *batch(), 0.5, 1.0)
+    assert all(torch.equal(masks[f"net.{name}"], mask) for name, mask in expected.items())
+
+
+# The model afterwards.
+
+
+class Noisy(nn.Module):
+    """A layer that is registered twice and has an alias, tied weights, and a forward pass that leaves traces."""
+
+    def __init__(self):
+        super().__init__()
+        layer, self.embedding = nn.Linear(6, 6), nn.Embedding(3, 6)
+        self.body, self.norm = nn.Sequential(layer, nn.Tanh(), layer), nn.BatchNorm1d(6)
+        self.first, self.head = self.body[0], nn.Linear(6, 3)
+        self.head.weight = self.embedding.weight
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.seen += 1
+        self.last = x.sum()
+        self.norm.eval()
+        return self.head(self.lstm(self.norm(self.first(self.body(x)))[:, None])[0][:, 0])
+
+
+def holders(model):
+    """Every place of a model that holds a tensor, with the tensor, its version and its values."""
+    found = []
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            found += [(module, name, t, t if t is None else (t._version, t.clone())) for name, t in held.items()]
+    return found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", ["grasp", "grasp_scores", "snip"])
+def test_the_model_is_the_very_same_afterwards(method, fails):
+    torch.manual_seed(0)
+    net = Noisy().double()
+    answer = copy.deepcopy(net)(batch(6)[0])
+    before, modes = holders(net), [module.training for module in net.modules()]
+    parameters = list(net.parameters())
+
+    def criterion(outputs, y):
+        if fails:
+            raise KeyError("in the criterion")
+        return cross_entropy(outputs, y)
+
+    score = {
+        "grasp": lambda: pruning.grasp(net, criterion, *batch(6), 0.5),
+        "grasp_scores": lambda: pruning.grasp_scores(net, criterion, *batch(6)),
+        "snip": lambda: pruning.snip(net, criterion, *batch(6), 0.5),
+    }[method]
+    if fails:
+        with pytest.raises(KeyError, match="in the criterion"):
+            score()
+    else:
+        score()
+    for ours, theirs in zip(holders(net), before, strict=True):
+        assert ours[:2] == theirs[:2] and ours[2] is theirs[2], ours[:2]
+        if ours[2] is not None:
+            assert ours[3][0] == theirs[3][0] and torch.equal(ours[3][1], theirs[3][1]), ours[:2]
+    assert all(type(p) is nn.Parameter and p.grad is None and p.requires_grad for p in net.parameters())
+    assert all(ours is theirs for ours, theirs in zip(net.parameters(), parameters, strict=True))
+    assert net.body[0] is net.body[2] is net.first and net.head.weight is net.embedding.weight
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(copy.deepcopy(net)(batch(6)[0]), answer)
+
+
+def test_a_layer_that_is_used_twice_is_scored_as_one():
+    torch.manual_seed(0)
+    layer, head = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    net = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), head)
+    _, theta, g, hessian = brute_force(net, 1.0)
+    scores = pruning.grasp_scores(net, cross_entropy, *batch(), 1.0)
+    assert scores.keys() == {"0.weight", "4.weight"}
+    torch.testing.assert_close(torch.cat([s.flatten() for s in scores.values()]), -theta * (hessian @ g))

@@ -8,7 +8,7 @@ import torch
 
 from zo_tutorial.__main__ import main
 from zo_tutorial.data import atis
-from zo_tutorial.experiments import ExperimentError, load_config, load_record, run
+from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, train
 from zo_tutorial.experiments.record import FIELDS, RESULTS
 from zo_tutorial.experiments.tasks import Sentences
 from zo_tutorial.tensor import TensorizedLinear_module
@@ -114,6 +114,23 @@ def test_pruning_scores_on_at_most_so_many_sentences_of_each_intent(small):
     dense = {"model.tensor_type": None, "pruning.target_ratio": 0.9, "training.max_steps": 1}
     record = run(load_config(small, dense), quiet=True)
     assert record["trained_parameters"] < 0.2 * record["parameters"]
+
+
+@pytest.mark.parametrize("method", ["grasp", "snip"])
+def test_pruning_draws_dropout_from_the_seed_of_the_run(small, method):
+    def masks(seed, elsewhere, dropout=0.3):
+        changes = {"model.dropout": dropout, "training.seed": seed}
+        config = load_config(small, changes | {"pruning": {"method": method, "target_ratio": 0.5}})
+        one, model = task(config), task(config).model(torch.Generator().manual_seed(5))
+        torch.manual_seed(elsewhere)
+        state = torch.get_rng_state()
+        found = train._prune(config, model, one)
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.cat([mask.flatten() for mask in found.values()])
+
+    first = masks(1, 10)
+    assert torch.equal(first, masks(1, 11)) and not torch.equal(first, masks(2, 10))
+    assert not torch.equal(first, masks(1, 10, dropout=0.0))
 
 
 def test_a_batch_is_as_long_as_its_longest_sentence(small):

@@ -5,6 +5,7 @@ from functools import reduce
 from math import prod
 from operator import matmul
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,10 +158,45 @@ def test_attainable_ranks_are_those_of_a_random_full_tensor(modes):
     assert formats.attainable_ranks(10**6, modes) == cuts
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5, [1, 2, 1], [1, 2, 2, 2], [2, 2, 2, 1], [1, 0, 2, 1], "4"], ids=str)
+@pytest.mark.parametrize(
+    "rank",
+    [0, -1, 2.5, [1, 2, 1], [1, 2, 2, 2], [2, 2, 2, 1], [1, 0, 2, 1], "4"]
+    + [True, np.True_, [1, True, 2, 1], np.float64(2), np.array([1.0, 2.0, 2.0, 1.0]), [1, [2], 2, 1], [], None],
+    ids=str,
+)
 def test_impossible_ranks_are_one_clear_line(rank):
     with pytest.raises(ValueError, match=r"^rank must be a positive integer, or the list of all 4 with 1 at both"):
         TensorizedLinear_module(24, 30, shape=[IN, OUT], max_rank=rank)
+
+
+@every_kind
+@pytest.mark.parametrize("rank", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)], ids=repr)
+def test_a_rank_may_be_an_integer_of_any_type(kind, rank):
+    layer = KINDS[kind](IN, OUT, rank)
+    assert layer.ranks == KINDS[kind](IN, OUT, 3).ranks and all(type(found) is int for found in layer.ranks)
+    for ranks in (list(map(np.int32, layer.ranks)), tuple(map(np.int8, layer.ranks)), np.array(layer.ranks)):
+        assert KINDS[kind](IN, OUT, ranks).ranks == layer.ranks
+    assert TensorizedEmbedding_module(24, 30, [IN, OUT], rank).ranks == attainable(3)
+
+
+def attainable(rank):
+    return formats.attainable_ranks(rank, formats.ttm_modes(IN, OUT))
+
+
+@every_kind
+def test_factors_may_be_integers_of_any_type(kind):
+    for factors in (list(map(np.int64, IN)), np.array(IN, dtype=np.int8)):
+        layer = KINDS[kind](factors, OUT, 2)
+        assert layer.in_factors == IN and repr(layer) == repr(KINDS[kind](IN, OUT, 2))
+    for factors in ([4.0, 3, 2], [True, 12, 2], ["4", 3, 2]):
+        with pytest.raises(ValueError, match="should be whole numbers"):
+            KINDS[kind](factors, OUT, 2)
+
+
+def test_a_product_of_small_integers_does_not_overflow():
+    factors = np.array([16, 16], dtype=np.int8)
+    assert TensorizedLinear(factors, factors, 2).in_features == 256
+    assert TensorizedLinear_module(256, np.int64(256), shape=[factors, factors]).out_features == 256
 
 
 @every_kind
@@ -342,6 +378,28 @@ def test_from_linear_refuses_factors_of_another_layer():
             make(dense(24, 30), [5, 5], [5, 6], 3)
 
 
+@pytest.mark.parametrize("kind", FROM_LINEAR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [3, 10**6])
+def test_from_linear_of_a_low_precision_is_rounded_after_the_decomposition(kind, dtype, rank):
+    linear = dense(24, 30).to(dtype)
+    layer = FROM_LINEAR[kind](linear, IN, OUT, rank)
+    assert {p.dtype for p in layer.parameters()} == {dtype} and torch.equal(layer.bias, linear.bias)
+    single = FROM_LINEAR[kind](dense(24, 30).to(dtype).float(), IN, OUT, rank)
+    for ours, theirs in zip(layer.cores, single.cores, strict=True):
+        assert torch.equal(ours, theirs.to(dtype))
+    x = torch.randn(5, 24, generator=seeded(1)).to(dtype)
+    torch.testing.assert_close(layer(x).float(), single(x.float()), rtol=0.1, atol=0.5)
+
+
+@pytest.mark.parametrize("svd, modes", [(formats.ttm_svd, formats.ttm_modes), (formats.tt_svd, formats.tt_modes)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tt_svd_returns_the_precision_it_was_given(svd, modes, dtype):
+    matrix = torch.randn(30, 24, generator=seeded()).to(dtype)
+    cores = svd(matrix, IN, OUT, formats.attainable_ranks(4, modes(IN, OUT)))
+    assert {core.dtype for core in cores} == {dtype}
+
+
 # Derivatives and batches of weights.
 
 
@@ -437,3 +495,28 @@ def test_the_entries_of_an_embedding_start_near_one():
 def test_an_embedding_of_other_sizes_is_refused(shape):
     with pytest.raises(ValueError, match="do not make a table of 25 × 12"):
         TensorizedEmbedding_module(25, 12, shape)
+
+
+@pytest.mark.parametrize("token", [-1, -25, 25, 26, 27, 1000])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_a_token_outside_of_the_table_is_an_index_error(token, shape):
+    table = TensorizedEmbedding_module(25, 12, [[3, 3, 3], [2, 3, 2]], 4)  # the factors make 27 rows
+    tokens = torch.full(shape, 24)
+    assert table(tokens).shape == (*shape, 12)
+    tokens.view(-1)[-1] = token
+    for layer in (table, nn.Embedding(25, 12)):
+        with pytest.raises(IndexError):
+            layer(tokens)
+
+
+def test_an_embedding_under_vmap():
+    table = TensorizedEmbedding_module(25, 12, [[3, 3, 3], [2, 3, 2]], 4, generator=seeded()).double()
+    tokens = torch.randint(25, (2, 5), generator=seeded(1))
+    many = {name: p.detach() * torch.rand(3, *p.shape, generator=seeded(2)) for name, p in table.named_parameters()}
+    alone = [functional_call(table, {name: values[k] for name, values in many.items()}, (tokens,)) for k in range(3)]
+    together = vmap(lambda parameters: functional_call(table, parameters, (tokens,)))
+    torch.testing.assert_close(together(many), torch.stack(alone))
+    torch.testing.assert_close(vmap(table)(tokens), table(tokens))
+    tokens[1, 2] = 25
+    with pytest.raises(IndexError):
+        together(many)

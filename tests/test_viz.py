@@ -250,3 +250,31 @@ def test_a_front_end_gets_sliders_that_draw_anew_and_show_errors(kernel):
 def test_import_stays_light():
     code = "import sys, zo_tutorial; print([m for m in ('matplotlib', 'ipywidgets', 'IPython') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+ARRAYS = """
+import numpy as np, torch
+from zo_tutorial.viz import explore
+def draw(ax, line, tensor, thing):
+    ax.plot(line)
+    return f"{line[0]:g} / {tensor.tolist()} / {thing}"
+lines = np.arange(6.0).reshape(3, 2)
+explore(draw, line=lines, tensor=[torch.zeros(2), torch.ones(2)], thing=[{}, [], {1: []}])
+"""
+
+
+def test_values_may_be_arrays_or_anything_else(kernel):
+    messages = execute(kernel, ARRAYS, {"cellId": "arrays"})
+    assert {WIDGET, "text/html"} <= set(bundle_of(messages))
+    states = [m["content"] for m in messages if m["msg_type"] == "comm_open"]
+    sliders = [one for one in states if one["data"]["state"]["_model_name"] == "SelectionSliderModel"]
+    picture = next(one for one in states if one["data"]["state"]["_model_name"] == "HTMLModel")
+    assert 'alt="0 / [0.0, 0.0] / {}"' in picture["data"]["state"]["value"]
+    alts = ("4 / [0.0, 0.0] / {}", "4 / [1.0, 1.0] / {}", "4 / [1.0, 1.0] / {1: []}")
+    for slider, index, alt in zip(sliders, (2, 1, 2), alts, strict=True):
+        content = {"comm_id": slider["comm_id"], "data": {"method": "update", "state": {"index": index}}}
+        message = kernel.session.msg("comm_msg", content)
+        kernel.shell_channel.send(message)
+        updates = [m["content"] for m in messages_until_idle(kernel, message) if m["msg_type"] == "comm_msg"]
+        shown = next(u["data"]["state"]["value"] for u in updates if u["comm_id"] == picture["comm_id"])
+        assert f'alt="{alt}"' in shown

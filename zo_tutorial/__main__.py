@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,10 +16,25 @@ from zo_tutorial.experiments import ExperimentError, load_config, load_record, r
 from zo_tutorial.experiments.config import names, parse_overrides
 
 PROGRAM = "python -m zo_tutorial"
+MEASURES = {"MNIST": ["val_accuracy"], "ATIS": ["val_intent_accuracy", "val_slot_f1"]}  # what `plot` draws
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on a user's error, 130 after Ctrl-C. An error is one line on stderr."""
+    """Run one command; 0 on success, 2 on a user's error, 130 after Ctrl-C. An error is one line on stderr.
+
+    141, without a word, where the reader of the output has gone, as `head` does when it has its lines: a shell's code
+    for that.
+    """
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 141
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stopped:  # argparse has printed help, or a usage line and the error
@@ -28,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments.command(arguments)
             return 0
+        except BrokenPipeError:
+            raise
         except (ExperimentError, DataError, OSError, FloatingPointError) as error:
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)
             return 2
@@ -93,14 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--download", action="store_true", help="download MNIST into the data folder if it is not there")
     plot = commands.add_parser("plot", allow_abbrev=False, help="draw the learning curves of records on a query axis")
     plot.set_defaults(command=_plot)
-    plot.add_argument("records", nargs="+", metavar="RECORD.json", help="records that mnist wrote")
-    plot.add_argument("--out", required=True, metavar="FILE.png", help="the picture; written anew if it is there")
+    plot.add_argument("records", nargs="+", metavar="RECORD.json", help="records of mnist, or of encoder")
+    path = {"type": os.path.expanduser}
+    plot.add_argument("--out", required=True, **path, metavar="FILE.png", help="the picture; written anew")
     timing = commands.add_parser("bench", allow_abbrev=False, help="time the steps of all methods in all query modes")
     timing.set_defaults(command=_bench)
     timing.add_argument("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
     timing.add_argument("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
-    timing.add_argument("--out", metavar="FILE.json", help="write the rows there; written anew if it is there")
-    timing.add_argument("--plot", metavar="FILE.png", help="a bar chart; written anew if it is there")
+    timing.add_argument("--out", **path, metavar="FILE.json", help="write the rows there; written anew if it is there")
+    timing.add_argument("--plot", **path, metavar="FILE.png", help="a bar chart; written anew if it is there")
     return parser
 
 
@@ -181,7 +200,16 @@ def _data(arguments: argparse.Namespace) -> None:
 def _plot(arguments: argparse.Namespace) -> None:
     records = [load_record(path) for path in arguments.records]
     _check_picture(arguments.out)
-    _save_picture(arguments.out, lambda figure: viz.plot_curves(records, ax=figure.subplots()))
+    tasks = {"ATIS" if "baseline" in record else "MNIST" for record in records}
+    if len(tasks) > 1:
+        raise ExperimentError("records of MNIST and of ATIS share no axis: plot them one after the other")
+    measures = MEASURES[tasks.pop()]
+
+    def draw(figure) -> None:
+        for ax, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+            viz.plot_curves(records, y=measure, ax=ax)
+
+    _save_picture(arguments.out, draw, figsize=(5.8 * len(measures), 3.6))
     print(f"picture: {arguments.out}")
 
 

@@ -108,7 +108,7 @@ def plot_curves(records, x="queries", y="val_accuracy", ax=None):
     if x == "queries":
         ax.set_xscale("log")
     ax.set(xlabel=_AXIS_LABELS.get(x, x), ylabel=_AXIS_LABELS.get(y, y))
-    if y.endswith("accuracy"):
+    if y.endswith(("accuracy", "f1")):
         ax.yaxis.set_major_formatter("{x:.0%}")
     ax.legend()
     return ax
@@ -118,6 +118,8 @@ _AXIS_LABELS = {
     "queries": "loss queries",
     "seconds": "seconds",
     "val_accuracy": "validation accuracy",
+    "val_intent_accuracy": "validation intent accuracy",
+    "val_slot_f1": "validation slot F1",
 }
 
 
@@ -232,14 +234,14 @@ class _Explorer:
         picture = ipywidgets.HTML(_img(*self.frames[0]))
         sliders = {
             name: ipywidgets.SelectionSlider(
-                options=list(zip(self.texts[name], values, strict=True)), description=name, continuous_update=False
+                options=[(text, k) for k, text in enumerate(texts)], description=name, continuous_update=False
             )
-            for name, values in self.grid.items()
+            for name, texts in self.texts.items()
         }
 
         def show(change):
             try:
-                picture.value = _img(*self._frame({name: slider.value for name, slider in sliders.items()}))
+                picture.value = _img(*self._frame({name: self.grid[name][s.value] for name, s in sliders.items()}))
             except Exception:  # a widget swallows what its callback raises: show it in place of the picture
                 picture.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
 

@@ -30,7 +30,7 @@ from zo_tutorial.data import DataError
 from zo_tutorial.data.mnist import TIMEOUT, folder
 
 PAD, UNKNOWN, SENTENCE = "<pad>", "<unk>", "<cls>"  # words 0, 1 and 2
-UNK = "UNK"  # tag 0 and intent 0: no training sentence has it
+UNK, UNK_ID = "UNK", 0  # tag 0 and intent 0: no training sentence has it
 IGNORED = -100  # target at the sentence token and at padding; cross_entropy's default
 SYNTHETIC_SIZES = (2000, 250, 250)
 Sentence = tuple[list[str], list[str], str]  # words, tags, intent
@@ -182,9 +182,12 @@ def _read(files: dict[str, Path], part: str) -> list[Sentence]:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The lines of a file, split at white space. Raises DataError where a line, or the file, is empty."""
+    """The lines of a file, split at white space. Raises DataError where a line, or the file, is empty.
+
+    A byte order mark, which some editors put at the start, is no part of the first line.
+    """
     try:
-        *lines, rest = (line.split() for line in path.read_text(encoding="utf-8").split("\n"))
+        *lines, rest = (line.split() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged or cannot be read: {error}") from error
     if rest or not lines:

@@ -96,7 +96,7 @@ def class_balanced(split: Split, per_class: int, generator: torch.Generator) -> 
 def folder(root: str | os.PathLike | None = None) -> Path:
     """The data folder: the given root, else $ZO_TUTORIAL_DATA, else a folder in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zo_tutorial"
-    return Path(root or os.environ.get("ZO_TUTORIAL_DATA") or cache)
+    return Path(os.path.expanduser(root or os.environ.get("ZO_TUTORIAL_DATA") or cache))
 
 
 def find(root: str | os.PathLike | None = None) -> dict[str, Path] | None:

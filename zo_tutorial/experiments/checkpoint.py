@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from zo_tutorial.experiments.config import ExperimentError
+from zo_tutorial.experiments.errors import ExperimentError
 
 
 def checkpoint_path(out: Path) -> Path:

@@ -1,307 +1,21 @@
-"""What an experiment is: the schema of a config file, and reading one.
-
-A config is a YAML file with the groups model, pruning, optimizer, scheduler, training and data. The keys of a group are
-those of what it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `model` those of the models.
-"""
+"""Reading a config: a YAML file, values that win over it, and `quick`, which cuts it to seconds."""
 
 import copy
-import hashlib
-import json
+import os
 import re
-from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
-from zo_tutorial.estimators import DIRECTIONS
-from zo_tutorial.models import TTM_LAYERS
-from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
-from zo_tutorial.queries import QUERY_MODES
-from zo_tutorial.selection import LAYER_TYPES
+from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.schema import Config, Group
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EMBEDDED_TRAINING = {"images": 4000, "sentences": 2000}  # of the embedded data, which every quick run uses
 # A full step of coordinate descent asks thousands of queries, slow ones in `sign`, and slower ones of the encoder.
 QUICK_SCD = {"esti": (32, 0.0), "batch": (32, 0.0), "sign": (32, 0.75), "encoder": (4, 0.95)}  # steps, share skipped
 QUICK_SPLIT = 0.994  # share skipped where split skips any
-
-
-class ExperimentError(ValueError):
-    """A config, record or checkpoint that cannot be used; the message is one line and names the file."""
-
-
-class Group(BaseModel):
-    """A group of keys. An unknown key, or a value of another type, is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, values):
-        if not isinstance(values, dict):
-            raise PydanticCustomError("no_group", "should be a group of keys: {keys}", {"keys": _keys(cls)})
-        for key in values:
-            if key not in cls.model_fields:
-                context = {"key": key, "keys": _keys(cls)}
-                raise PydanticCustomError("unknown_key", "unknown key; allowed: {keys}", context)
-        return values
-
-
-def _keys(group: type[BaseModel]) -> str:
-    return ", ".join(group.model_fields)
-
-
-# Limits that several groups share.
-LearningRate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]  # [0, 1)
-LayerTypes = Annotated[
-    list[Literal[tuple(LAYER_TYPES)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(description="layer types that are trained, one name or a list of names; none named: all of these"),
-]
-Positive = Annotated[float, Field(gt=0)]
-Number = Annotated[float, Field(ge=0)]
-QueryMode = Annotated[Literal[QUERY_MODES], Field(description="how losses are evaluated; auto: the fastest valid way")]
-
-
-class FC(Group):
-    """A dense net 784–hidden–10."""
-
-    name: Literal["MNIST_FC"]
-    hidden: int = Field(256, ge=1, description="hidden units")
-
-
-Factors = list[Annotated[int, Field(ge=1)]]
-
-
-class TTM(Group):
-    """A net 784–hidden–10 with both weights in TTM format."""
-
-    name: Literal["MNIST_TTM"]
-    in_factors: Factors = Field([4, 7, 7, 4], description="factors of 784")
-    hidden_factors: Factors = Field([4, 4, 4, 4], description="factors of the hidden width")
-    out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
-    max_rank: int = Field(4, ge=1, description="bound for the ranks of both layers")
-    bias: bool = Field(False, description="whether both layers have a bias")
-    layer: Literal[tuple(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
-
-
-class TT(Group):
-    """A net 784–hidden–10 with both weights in TT format."""
-
-    name: Literal["MNIST_TT"]
-    in_factors: Factors = Field([4, 7, 7, 4], description="factors of 784")
-    hidden_factors: Factors = Field([4, 4, 4, 4], description="factors of the hidden width")
-    out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
-    max_rank: int = Field(20, ge=1, description="bound for the ranks of both layers")
-    bias: bool = Field(False, description="whether both layers have a bias")
-
-
-class CNN(Group):
-    """Three convolutions and a linear layer."""
-
-    name: Literal["MNIST_CNN"]
-    widths: list[Annotated[int, Field(ge=1)]] = Field(
-        [8, 12, 16], min_length=3, max_length=3, description="channels after each convolution"
-    )
-
-
-class Encoder(Group):
-    """A transformer encoder for the sentences of ATIS, dense or with linear layers in TTM or TT."""
-
-    name: Literal["Encoder"]
-    d_model: int = Field(64, ge=1, description="width, a multiple of the heads")
-    heads: int = Field(4, ge=1, description="attention heads")
-    d_hidden: int = Field(128, ge=1, description="width within the feed-forward part")
-    layers: int = Field(2, ge=1, description="encoder blocks")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings, attention and the parts of a block")
-    focus: list[Annotated[tuple[int, Number], Field(strict=False)]] | None = Field(
-        None, description="[offset, slope] for each head: where it looks at the start; none: anywhere"
-    )
-    position_scale: Positive = Field(1.0, description="size of the position embeddings; that of the words is 1")
-    branch_scale: Positive = Field(1.0, description="size of what a block adds at the start; 1: as large as its input")
-    tensor_type: Literal["TensorTrainMatrix", "TensorTrain"] | None = Field(
-        None, description="format of the linear layers but for the last ones of the heads; none: dense"
-    )
-    max_rank: int = Field(20, ge=1, description="bound for the ranks of these layers")
-    factors: list[Factors] = Field([], description="factors of each width that such a layer has")
-    word_factors: Factors | None = Field(
-        None, description="factors that make at least as many words as there are: the embedding in TTM; none: dense"
-    )
-    embedding_rank: int = Field(30, ge=1, description="bound for the ranks of that embedding")
-
-    def factors_of(self, width: int, count: int | None = None) -> list[int]:
-        """The first factors of a width that are given, or the first so many. Raises ValueError where there are none."""
-        for factors in self.factors:
-            if prod(factors) == width and count in (None, len(factors)):
-                return factors
-        number = "" if count is None else f" by {count} factors"
-        raise ValueError(f"factors: none of {self.factors} multiply to the width {width}{number}")
-
-
-class Pruning(Group):
-    """Which weights are trained: the others are set to zero before training and stay there. No group: all are kept."""
-
-    method: Literal["grasp", "snip", "magnitude", "random"] = Field("grasp", description="how weights are scored")
-    target_ratio: Share = Field(description="fraction of the weights that is removed")
-    modules: list[str] | None = Field(
-        None,
-        min_length=1,
-        exclude_if=lambda modules: modules is None,  # so configs without it keep their hash, and their records
-        description="names of modules, such as blocks: only their weights are counted and removed; no key: all",
-    )
-    per_class: int = Field(10, ge=1, description="images of each class in the batch that grasp and snip score on")
-    temperature: float = Field(200.0, gt=0, description="grasp divides the logits by it")
-    shuffle: bool = Field(False, description="shuffle the mask within each parameter, as a control")
-
-
-class FO(Group):
-    """First-order training by back-propagation, the control: torch.optim.SGD, or Adam, on the same weights."""
-
-    name: Literal["FO"] = "FO"
-    lr: LearningRate = Field(0.001, description="learning rate")
-    momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD")
-    weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam")
-    dampening: float = Field(0.0, description="of torch.optim.SGD")
-    adam: bool = Field(True, description="torch.optim.Adam instead of torch.optim.SGD")
-    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
-    beta_2: Share = Field(0.999, description="of torch.optim.Adam")
-    eps: float = Field(1e-8, ge=0, description="of torch.optim.Adam")
-    opt_layers_strs: LayerTypes = []
-
-
-class SGD(Group):
-    """Zeroth-order SGD, `ZO_SGD_mask`: random directions."""
-
-    name: Literal["SGD"] = "SGD"
-    lr: LearningRate = Field(0.01, description="learning rate")
-    sigma: float = Field(0.1, gt=0, description="smoothing radius")
-    n_sample: int = Field(20, ge=1, description="directions a step")
-    signSGD: bool = Field(False, description="step along the sign of the estimate")
-    layer_by_layer: bool = Field(False, description="perturb one layer at a time, with n_sample directions each")
-    opt_layers_strs: LayerTypes = []
-    two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
-    directions: Literal[DIRECTIONS] = Field("gaussian", description="distribution of the directions")
-    adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
-    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
-    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
-    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
-    query_mode: QueryMode = "auto"
-
-
-class SCD(Group):
-    """Zeroth-order stochastic coordinate descent, `ZO_SCD_mask`."""
-
-    name: Literal["SCD"] = "SCD"
-    lr: LearningRate = Field(0.1, description="learning rate; sign and batch probe at this distance too")
-    grad_sparsity: float = Field(0.1, ge=0, le=1, description="probability that a coordinate is skipped in a step")
-    h_smooth: float = Field(0.001, gt=0, description="finite-difference step of esti")
-    grad_estimator: Literal[GRAD_ESTIMATORS] = Field("sign", description="what is asked for each coordinate")
-    opt_layers_strs: LayerTypes = []
-    STP: bool = Field(True, description="stochastic three points in sign and batch, two-sided differences in esti")
-    momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD; not for sign")
-    weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam; not for sign")
-    dampening: float = Field(0.0, description="of torch.optim.SGD; not for sign")
-    adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD; not for sign")
-    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
-    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
-    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
-    query_mode: QueryMode = "auto"
-
-
-class Mix(Group):
-    """SGD first, SCD from a given epoch on; each has a scheduler of its own over its epochs."""
-
-    name: Literal["mix"]
-    switch_epoch: int = Field(ge=2, description="the first epoch of SCD; a run that ends before it stays with SGD")
-    SGD: SGD
-    SCD: SCD
-
-
-class Part(Group):
-    """A method for the layers in some modules of the model."""
-
-    modules: list[str] = Field(min_length=1, description="names of modules, such as blocks or slots.3")
-    method: SGD | SCD = Field(discriminator="name")
-
-
-class Split(Group):
-    """Two methods at every step, each on modules of its own: queries of the last layers are so cheap that all their
-    coordinates can be asked for, those of the depths are not. `heads` moves first."""
-
-    name: Literal["split"]
-    heads: Part
-    body: Part
-
-
-class Cosine(Group):
-    """CosineAnnealingLR, from lr down to eta_min over the whole run, step by step."""
-
-    name: Literal["cosine"]
-    eta_min: LearningRate = Field(0.0, description="learning rate at the end")
-
-
-class Step(Group):
-    """StepLR: the learning rate falls by a factor once in some epochs."""
-
-    name: Literal["step"]
-    step_size: int = Field(ge=1, description="epochs between two falls")
-    gamma: float = Field(0.1, gt=0, le=1, description="factor of each fall")
-
-
-class Exponential(Group):
-    """ExponentialLR: the learning rate falls by a factor an epoch, in equal parts at every step."""
-
-    name: Literal["exponential"]
-    gamma: float = Field(gt=0, le=1, description="factor an epoch")
-
-
-class Training(Group):
-    epochs: int = Field(ge=1, description="passes over the training images")
-    batch_size: int = Field(128, ge=1, description="images a step")
-    seed: int = Field(0, ge=0, description="of weights, pruning, shuffling and the optimiser's draws")
-    max_steps: int | None = Field(None, ge=1, description="the run ends after so many steps, whatever the epochs")
-
-
-class Data(Group):
-    source: Literal["auto", "full", "embedded"] = Field("auto", description="see `load` of `zo_tutorial.data`")
-    seed: int = Field(0, ge=0, description="of the split; not training.seed, so that all runs share one test set")
-
-
-class Config(Group):
-    """One experiment."""
-
-    model: FC | TTM | TT | CNN | Encoder = Field(discriminator="name")
-    pruning: Pruning | None = Field(None, description="no group: nothing is removed")
-    optimizer: FO | SGD | SCD | Mix | Split = Field(discriminator="name")
-    scheduler: Cosine | Step | Exponential | None = Field(None, discriminator="name", description="no group: lr stays")
-    training: Training
-    data: Data = Data()
-
-    _file: Path = PrivateAttr(Path("config"))
-
-    @property
-    def file(self) -> Path:
-        """The file that the config was read from."""
-        return self._file
-
-    @property
-    def name(self) -> str:
-        """The file's path below its last folder named configs, without .yml; elsewhere the file's name alone."""
-        parts = self.file.resolve().with_suffix("").parts
-        folders = [position for position, part in enumerate(parts[:-1]) if part == "configs"]
-        return "/".join(parts[folders[-1] + 1 :]) if folders else parts[-1]
-
-    def flat(self) -> dict:
-        """All values by dotted key: {"optimizer.lr": 0.01, …}."""
-        return _flat(self.model_dump())
-
-    def hash(self) -> str:
-        """sha256 of all values, as hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 def names() -> list[str]:
@@ -382,7 +96,7 @@ def _quick(config: Config) -> dict:
 def _find(path: str | Path) -> Path:
     """The file itself, or the config of the package that is meant."""
     name = str(path).removeprefix("configs/").removesuffix(".yml")
-    for file in (Path(path), CONFIGS / f"{name}.yml"):
+    for file in (Path(os.path.expanduser(path)), CONFIGS / f"{name}.yml"):
         if file.is_file():
             return file
     raise ExperimentError(f"{path}: no such file, and no config of the package; --list shows those")
@@ -410,7 +124,7 @@ def read_yaml(file: Path, kind: type[Group]) -> dict:
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
         raise ExperimentError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ExperimentError(f"{file}: should hold the groups {_keys(kind)}")
+        raise ExperimentError(f"{file}: should hold the groups {', '.join(kind.model_fields)}")
     return values
 
 
@@ -458,13 +172,6 @@ def explain(error: dict) -> str:
         case _:
             message = f"{error['msg'].replace('Input s', 's')}, not {given!r}"
     return f"{'.'.join(map(str, where))}: {message}"
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _one_line(error: Exception) -> str:

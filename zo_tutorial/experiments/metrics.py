@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zo_tutorial.data.atis import IGNORED, UNK, Split
+from zo_tutorial.data.atis import IGNORED, UNK, UNK_ID, Split
 
 
 def joint_metrics(intents: Tensor, tags: Tensor, part: Split, names: Sequence[str]) -> dict[str, float]:
@@ -15,21 +15,23 @@ def joint_metrics(intents: Tensor, tags: Tensor, part: Split, names: Sequence[st
     token_accuracy: words whose tag is right; most are O, outside all chunks, so this flatters.
     sentence_accuracy: sentences with the right intent and no wrong tag.
 
-    A tag that the training set does not know stands as UNK in the data. In `slot_f1` such a word is a chunk that no
-    prediction finds: a chunk where it is the truth, and O where it is predicted.
+    A tag or an intent that the training set does not know has id 0, UNK, in the data. No prediction of it is right, not
+    0 either. In `slot_f1` such a word is a chunk that no prediction finds: a chunk where it is the truth, and O where
+    it is predicted.
 
     Args:
         names: of the tags by id.
     """
     words = part.slots != IGNORED  # (N, L)
-    right = (tags == part.slots) & words
-    whole = (intents == part.intents) & (right == words).all(1)
+    right = (tags == part.slots) & words & (part.slots != UNK_ID)
+    understood = (intents == part.intents) & (part.intents != UNK_ID)  # (N,)
+    whole = understood & (right == words).all(1)
     truth, answers = [], []
     for here, true, predicted in zip(words, part.slots, tags, strict=True):
-        truth.append(["B-" + UNK if names[k] == UNK else names[k] for k in true[here].tolist()])
-        answers.append(["O" if names[k] == UNK else names[k] for k in predicted[here].tolist()])
+        truth.append(["B-" + UNK if k == UNK_ID else names[k] for k in true[here].tolist()])
+        answers.append(["O" if k == UNK_ID else names[k] for k in predicted[here].tolist()])
     return {
-        "intent_accuracy": (intents == part.intents).double().mean().item(),
+        "intent_accuracy": understood.double().mean().item(),
         "slot_f1": chunk_f1(truth, answers),
         "token_accuracy": (right.sum() / words.sum()).item(),
         "sentence_accuracy": whole.double().mean().item(),

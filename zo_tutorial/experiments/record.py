@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from zo_tutorial.experiments.config import ExperimentError
+from zo_tutorial.experiments.errors import ExperimentError
 
 # What every record holds. `queries` are loss queries, `seconds` those spent in training steps; `curve` is a list of
 # {epoch, queries, seconds, loss, val_…}, with each metric on the validation part: one entry an epoch, and five within
@@ -45,7 +45,7 @@ def save_record(path: Path, record: dict) -> None:
 def load_record(path: str | Path) -> dict:
     """Read a record. Raises ExperimentError where there is none, or where it is damaged."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{path}: no record can be read: {error}") from error
     known = record if isinstance(record, dict) else {}

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from zo_tutorial.data import DataError, atis, mnist
 from zo_tutorial.experiments.checkpoint import checkpoint_path
-from zo_tutorial.experiments.config import Config, ExperimentError, Group, explain, load_config, read_yaml
+from zo_tutorial.experiments.config import explain, load_config, read_yaml
+from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.record import load_record
+from zo_tutorial.experiments.schema import Config, Group
 from zo_tutorial.experiments.train import run
 
 TABLES = Path(__file__).parent.parent / "tables"
@@ -119,7 +121,7 @@ def reproduce(
     Raises:
         ExperimentError, DataError: a record in the folder that is another run's; data that cannot be had.
     """
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     out.mkdir(parents=True, exist_ok=True)
     records = [_finished(one, out) for one in runs]
     waiting = [k for k, record in enumerate(records) if record is None]

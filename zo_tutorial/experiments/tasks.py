@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from zo_tutorial import models
 from zo_tutorial.data import atis, mnist
-from zo_tutorial.encoder import Encoder
-from zo_tutorial.experiments.config import Config
 from zo_tutorial.experiments.metrics import joint_metrics
+from zo_tutorial.experiments.schema import Config
+from zo_tutorial.models import Encoder
 from zo_tutorial.tensor import TensorizedEmbedding_module, TensorizedLinear_module
 
 EVALUATION_BATCH = 1000  # images or sentences

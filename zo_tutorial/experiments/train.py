@@ -1,6 +1,7 @@
 """One experiment from its config to its record: one loop for first-order and zeroth-order training."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from zo_tutorial import pruning
 from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from zo_tutorial.experiments.config import Config, ExperimentError
+from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
+from zo_tutorial.experiments.schema import Config
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
@@ -57,7 +59,7 @@ def run(
         FloatingPointError: the loss became NaN or infinite.
     """
     say = (lambda line: None) if quiet else tqdm.write
-    out = out and Path(out)
+    out = out and Path(os.path.expanduser(out))
     finished = _check_files(config, out, resume)
     if finished:
         say(f"{out}: finished already")
@@ -245,11 +247,11 @@ def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | 
         elif group.method == "random":
             masks = pruning.random(model, ratio, generator, modules)
         else:
-            batch = task.sample(group.per_class, generator)
+            batch, seed = task.sample(group.per_class, generator), _generator(config, "pruning dropout").initial_seed()
             if group.method == "snip":
-                masks = pruning.snip(model, task.loss, *batch, ratio, modules)
+                masks = pruning.snip(model, task.loss, *batch, ratio, modules, seed=seed)
             else:
-                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules)
+                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules, seed=seed)
         if group.shuffle:
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)

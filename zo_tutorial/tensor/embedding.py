@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from zo_tutorial.tensor.formats import attainable_ranks, core_shapes, ttm_modes, ttm_to_matrix
+from zo_tutorial.tensor.formats import attainable_ranks, core_shapes, ttm_modes, ttm_to_matrix, whole_numbers
 
 
 class TensorizedEmbedding_module(nn.Module):
@@ -24,7 +25,7 @@ class TensorizedEmbedding_module(nn.Module):
         generator: where the initial cores are drawn from; None: torch's global generator.
 
     Raises:
-        ValueError: factors that make fewer rows than words, or another width.
+        ValueError: factors that make fewer rows than words or another width, or are no whole numbers.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class TensorizedEmbedding_module(nn.Module):
         generator: Generator | None = None,
     ):
         super().__init__()
-        word_factors, width_factors = (list(side) for side in shape)
+        word_factors, width_factors = map(whole_numbers, shape)
         if len(word_factors) != len(width_factors) or prod(word_factors) < words or prod(width_factors) != width:
             raise ValueError(f"the factors {word_factors} and {width_factors} do not make a table of {words} × {width}")
         modes = ttm_modes(word_factors, width_factors)
-        self.word_factors, self.width, self.ranks = word_factors, width, attainable_ranks(max_rank, modes)
+        self.words, self.width = whole_numbers([words, width])
+        self.word_factors, self.ranks = word_factors, attainable_ranks(max_rank, modes)
         # Var E = r_1 ... r_{p-1} s^(2p) = 1
         std = prod(self.ranks) ** (-1 / (2 * len(modes)))
         self.cores = nn.ParameterList()
@@ -50,8 +52,9 @@ class TensorizedEmbedding_module(nn.Module):
             self.cores.append(nn.Parameter(core * std / core.square().mean().sqrt()))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Rows (..., width) of tokens (...)."""
-        index = tokens.flatten()  # (B,)
+        """Rows (..., width) of tokens (...). Raises IndexError for a token outside of 0 .. words - 1."""
+        known = torch.arange(self.words, device=tokens.device)[:, None]
+        index = F.embedding(tokens.flatten(), known)[:, 0]  # (B,), the tokens again: torch checks their range
         digits = []
         for n in reversed(self.word_factors):
             digits.insert(0, index % n)

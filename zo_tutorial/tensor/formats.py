@@ -12,16 +12,33 @@ Sources: Oseledets (2011), "Tensor-train decomposition", for TT, its ranks and T
 "Tensorizing neural networks", for TTM layers. Chapters 6 and 7 derive what is here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from math import prod
+from operator import index
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Mode = tuple[int, ...]
 Shape = tuple[int, ...]
+
+
+def whole_numbers(values: Iterable) -> list[int]:
+    """The values as Python's own integers, whatever integer types they have: numpy's too.
+
+    Raises:
+        ValueError: a value that is no whole number; True and False are none.
+    """
+    values = list(values)
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"{values} should be whole numbers") from None
 
 
 def attainable_ranks(max_rank: int | Sequence[int], modes: Sequence[Mode]) -> list[int]:
@@ -37,9 +54,11 @@ def attainable_ranks(max_rank: int | Sequence[int], modes: Sequence[Mode]) -> li
         ValueError: a rank below 1, a list of the wrong length, or ends that are not 1.
     """
     sizes = [prod(mode) for mode in modes]
-    ranks = list(max_rank) if isinstance(max_rank, list | tuple) else [1, *[max_rank] * (len(sizes) - 1), 1]
-    positive = all(isinstance(rank, int) and rank >= 1 for rank in ranks)
-    if not positive or len(ranks) != len(sizes) + 1 or ranks[0] != 1 or ranks[-1] != 1:
+    try:
+        ranks = whole_numbers(max_rank if np.ndim(max_rank) else [1, *[max_rank] * (len(sizes) - 1), 1])
+    except ValueError:
+        ranks = []
+    if len(ranks) != len(sizes) + 1 or min(ranks) < 1 or ranks[0] != 1 or ranks[-1] != 1:
         raise ValueError(
             f"rank must be a positive integer, or the list of all {len(sizes) + 1} with 1 at both ends; got {max_rank}"
         )
@@ -148,8 +167,9 @@ def ttm_svd(
     import tensorly
     from tensorly.decomposition import tensor_train_matrix
 
+    wide = _wide(matrix).reshape(*out_factors, *in_factors)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        return list(tensor_train_matrix(matrix.reshape(*out_factors, *in_factors), rank=list(ranks)))
+        return [core.to(matrix.dtype) for core in tensor_train_matrix(wide, rank=list(ranks))]
 
 
 # TT: one core a factor, those of the input first.
@@ -224,8 +244,9 @@ def tt_svd(matrix: Tensor, in_factors: Sequence[int], out_factors: Sequence[int]
     import tensorly
     from tensorly.decomposition import tensor_train
 
+    wide = _wide(matrix).T.reshape(*in_factors, *out_factors)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        return list(tensor_train(matrix.T.reshape(*in_factors, *out_factors), rank=list(ranks)))
+        return [core.to(matrix.dtype) for core in tensor_train(wide, rank=list(ranks))]
 
 
 class Format(NamedTuple):
@@ -243,6 +264,11 @@ FORMATS = {
     "TensorTrainMatrix": Format(ttm_modes, ttm_to_matrix, ttm_matrix_flops, ttm_contract, ttm_contract_flops, ttm_svd),
     "TensorTrain": Format(tt_modes, tt_to_matrix, tt_matrix_flops, tt_contract, tt_contract_flops, tt_svd),
 }
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix in single precision at least: below it there is no singular value decomposition."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _in_half(chain: Sequence) -> list[Sequence]:

@@ -19,6 +19,7 @@ from zo_tutorial.tensor.formats import (
     parameter_count,
     ttm_in_turn,
     ttm_in_turn_flops,
+    whole_numbers,
 )
 
 
@@ -29,7 +30,8 @@ class _TensorLayer(nn.Module):
         super().__init__()
         if tensor_type not in FORMATS:
             raise ValueError(f"tensor_type: {tensor_type!r} is unknown; choose from {', '.join(FORMATS)}")
-        in_factors, out_factors = (list(side) for side in factors)
+        in_factors, out_factors = map(whole_numbers, factors)
+        in_features, out_features = whole_numbers([in_features, out_features])
         if len(in_factors) != len(out_factors) or not in_factors:
             raise ValueError(f"in and out need equally many factors, at least one; got {in_factors} and {out_factors}")
         for side, features, side_factors in (("in", in_features, in_factors), ("out", out_features, out_factors)):
@@ -125,7 +127,7 @@ class TensorizedLinear(_TensorLayer):
         generator: where the initial cores are drawn from; None: torch's global generator.
 
     Raises:
-        ValueError: unequal numbers of factors, or ranks of the wrong form.
+        ValueError: unequal numbers of factors, factors that are no whole numbers, or ranks of the wrong form.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class TensorizedLinear(_TensorLayer):
         *,
         generator: Generator | None = None,
     ):
-        factors = in_tensorized_features, out_tensorized_features
+        factors = [whole_numbers(side) for side in (in_tensorized_features, out_tensorized_features)]
         super().__init__(*map(prod, factors), factors, "TensorTrain", rank, bias, generator)
 
     @classmethod

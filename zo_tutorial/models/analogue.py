@@ -120,12 +120,13 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
             phases += [phases_u, phases_v]
             gains.append(signs_u[: len(s)] * s * signs_v[: len(s)])
         self.sizes = [tuple(matrix.shape) for matrix in layer.cores]
-        self.phases, self.gains = (nn.Parameter(torch.cat(parts).float()) for parts in (phases, gains))
+        self.phases, self.gains = (nn.Parameter(torch.cat(parts)) for parts in (phases, gains))
         if bias:
             self.bias.data.copy_(layer.bias)
         spreads = {"offsets": (offset, self.phases), "slopes": (gain, self.phases), "errors": (gain, self.gains)}
         for name, (spread, like) in spreads.items():
             self.register_buffer(name, spread * torch.randn(like.shape, generator=generator), persistent=False)
+        self.to(layer.cores[0])
 
     @classmethod
     def from_linear(cls, *args, **options) -> "AnalogueLinear":

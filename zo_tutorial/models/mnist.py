@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
+from zo_tutorial.tensor.formats import whole_numbers
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -72,7 +73,7 @@ class MNIST_TTM(_TwoLayers):
     ):
         if layer not in TTM_LAYERS:
             raise ValueError(f"layer: {layer!r} is unknown; choose from {', '.join(TTM_LAYERS)}")
-        hidden, options = prod(hidden_factors), {"max_rank": max_rank, "generator": generator}
+        hidden, options = prod(whole_numbers(hidden_factors)), {"max_rank": max_rank, "generator": generator}
         super().__init__(
             TTM_LAYERS[layer](PIXELS, hidden, bias, [in_factors, hidden_factors], **options),
             TTM_LAYERS[layer](hidden, CLASSES, bias, [hidden_factors, out_factors], **options),

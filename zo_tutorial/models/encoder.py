@@ -107,13 +107,18 @@ class Encoder(nn.Module):
         return self.intent(x[:, 0]), self.slots(x)
 
     def mask(self, tokens: Tensor) -> Tensor:
-        """What attention adds to its scores: −∞ for padding, else the focus (B, heads, L, L), or 0 (B, 1, 1, L)."""
+        """What attention adds to its scores: −∞ for padding, else the focus (B, heads, L, L), or 0 (B, 1, 1, L).
+
+        Where all is padding nothing is masked, or there would be nothing to attend to.
+        """
         start = torch.zeros((), device=tokens.device, dtype=self.norm.weight.dtype)
         if self.focus is not None:
             place = torch.arange(tokens.shape[1], device=tokens.device)
             offsets, slopes = start.new_tensor(self.focus).T[:, :, None, None]  # (heads, 1, 1)
             start = -slopes * (place - place[:, None] - offsets).abs()  # (heads, L, L)
-        return torch.where((tokens != PADDING)[:, None, None, :], start, -torch.inf)
+        words = tokens != PADDING  # (B, L)
+        seen = words | ~words.any(1, keepdim=True)
+        return torch.where(seen[:, None, None, :], start, -torch.inf)
 
 
 class Block(nn.Module):
