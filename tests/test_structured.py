@@ -12,8 +12,8 @@ from torch import nn
 
 from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
 from zo_tutorial.queries import LossQueries
-from zo_tutorial.selection import select_parameters
 from zo_tutorial.queries.suffix import ConvolutionHead
+from zo_tutorial.selection import select_parameters
 
 
 class Residual(nn.Module):

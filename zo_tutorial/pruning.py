@@ -8,7 +8,7 @@ of these N weights are removed. Where a mask keeps nothing of a parameter, a war
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_tutorial.estimators import finite_difference
-from zo_tutorial.queries import LossQueries
+from zo_tutorial.queries import LossQueries, call
 from zo_tutorial.randomness import seeded
 from zo_tutorial.selection import names_within, select_parameters
 from zo_tutorial.substitution import slots_of, substituted
@@ -233,7 +233,7 @@ def _loss_at_weights(
     modes = [(module, module.training) for module in model.modules()]
     try:
         with substituted(pairs), seeded(seed), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            loss = criterion(divided(_run(model, inputs), temperature), targets)
+            loss = criterion(divided(call(model, inputs), temperature), targets)
             if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
                 raise ValueError(
                     "the criterion should return one number that autograd can follow back to the weights; "
@@ -243,14 +243,6 @@ def _loss_at_weights(
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _run(model: nn.Module, inputs):
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):  # a named tuple is one input
-        return model(*inputs)
-    return model(inputs)
 
 
 def _slopes(value: Tensor, theta: dict[str, Tensor], create_graph: bool = False) -> list[Tensor]:

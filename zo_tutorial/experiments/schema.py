@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from zo_tutorial.estimators import DIRECTIONS
+from zo_tutorial.directions import DIRECTIONS
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
 from zo_tutorial.queries import QUERY_MODES

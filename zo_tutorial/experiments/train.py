@@ -22,7 +22,7 @@ from zo_tutorial.experiments.schema import Config
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
-from zo_tutorial.selection import names_within
+from zo_tutorial.selection import names_within, select_parameters
 
 METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
 BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
@@ -270,7 +270,8 @@ def _phases(
         parts = []
         for purpose, part in (("heads", group.heads), ("body", group.body)):
             with _blame(config, f"optimizer: {purpose}"):
-                parts.append((purpose, part.method, _within(model, masks, part.modules), whole))
+                chosen = select_parameters(model, part.method.opt_layers_strs).trained
+                parts.append((purpose, part.method, _within(model, chosen, masks, part.modules), whole))
     else:
         parts = [(group.name, group, masks, whole)]
     phases = []
@@ -287,10 +288,15 @@ def _phases(
     return phases
 
 
-def _within(model: nn.Module, masks: dict[str, Tensor] | None, modules: list[str]) -> dict[str, Tensor]:
-    """The masks with nothing kept outside of some modules. Raises ValueError for a name that is none of the model's."""
+def _within(
+    model: nn.Module, chosen: dict[str, Tensor], masks: dict[str, Tensor] | None, modules: list[str]
+) -> dict[str, Tensor]:
+    """Masks of the chosen parameters with nothing kept outside of some modules.
+
+    Raises ValueError for a name that is none of the model's.
+    """
     inside, kept = names_within(model, modules), {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in chosen.items():
         whole = torch.full_like(parameter, name in inside, dtype=torch.bool)
         kept[name] = (masks or {}).get(name, whole) & whole
     return kept
