@@ -433,9 +433,7 @@ def test_the_gradient_under_autocast_is_about_that_in_full_precision(batch):
 def test_a_model_that_opens_autocast_itself_is_queried_alike(mode, batch):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     plain, x = copy.deepcopy(model), batch[0].float()
-    queries = LossQueries(
-        narrow(model), lambda z, y: cross_entropy(z.float(), y), dict(model.named_parameters()), mode
-    )
+    queries = LossQueries(narrow(model), lambda z, y: cross_entropy(z.float(), y), dict(model.named_parameters()), mode)
     queries.start(x, batch[1], seed=0)
     change = queries.coordinates("0.weight", torch.arange(30), [0.25, -0.25])
     g = torch.autograd.grad(cross_entropy(plain(x), batch[1]), plain[0].weight)[0].flatten()
@@ -1801,9 +1799,7 @@ def test_the_estimate_is_the_gradient_of_backpropagation(name, mode, batch):
     names, parameters = zip(*model.named_parameters(), strict=True)
     g = torch.autograd.grad(wavy(model(batch[0]), None), parameters, materialize_grads=True)
     g = torch.cat([piece.flatten() for piece in g])
-    optimizer = ZO_SCD_mask(
-        model, wavy, None, **ESTI, h_smooth=1e-5, parameters=lambda name, p: True, query_mode=mode
-    )
+    optimizer = ZO_SCD_mask(model, wavy, None, **ESTI, h_smooth=1e-5, parameters=lambda name, p: True, query_mode=mode)
     for _ in range(2):
         optimizer.step(batch[0], None)
         assert tuple(optimizer.trained) == names and optimizer.queries % (1 + 2 * len(g)) == 0
