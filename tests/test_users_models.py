@@ -608,6 +608,21 @@ def takes_the_next(module, z):
     return z * next(module.counter)
 
 
+def steps_unseen(module, z):
+    module.array.data.mul_(0.5)  # the version of the tensor does not tell
+    return z * (1 + module.array[0])
+
+
+def steps_in_a_long_list(module, z):
+    module.seen[1200] += 1
+    return z * module.seen[1200]
+
+
+def nests_in_a_tuple(module, z):
+    module.pair[1][0]["n"] += 1
+    return z / module.pair[1][0]["n"]
+
+
 def adds_to_a_set(module, z):
     module.seen.add(len(module.seen))
     return z * len(module.seen)
@@ -623,6 +638,10 @@ def adds_to_a_set(module, z):
         lambda: Remembering(rolls_a_deque, seen=deque([1.0], maxlen=3)),
         lambda: Remembering(takes_the_next, counter=itertools.count(1)),
         lambda: Remembering(adds_to_a_set, seen=set()),
+        lambda: Remembering(steps_unseen, array=torch.ones(3).double()),
+        lambda: Remembering(steps_unseen, array=torch.ones(100_000).double()),
+        lambda: Remembering(steps_in_a_long_list, seen=[1.0] * 2000),
+        lambda: Remembering(nests_in_a_tuple, pair=(0, [{"n": 1}])),
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "loop"])
@@ -630,7 +649,7 @@ def test_memories_of_other_kinds_are_restored_or_refused(make, mode, batch):
     try:
         check(make().double(), batch, mode=mode)
     except RuntimeError as refusal:
-        assert "repeatable" in str(refusal)
+        assert "not repeat" in str(refusal)
 
 
 OUTSIDE = torch.Generator().manual_seed(0)
@@ -650,7 +669,7 @@ def test_a_loss_that_does_not_repeat_is_refused_in_the_first_step(use, mode, bat
     model = Remembering(use).double()
     queries = LossQueries(model, cross_entropy, dict(model.named_parameters()), mode)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="not repeatable"):
+    with pytest.raises(RuntimeError, match="not repeat"):
         queries.start(*batch, seed=0)
     assert alike(before, model.state_dict())
 
@@ -659,7 +678,7 @@ def test_a_criterion_that_counts_its_calls_into_the_loss_is_refused(batch):
     calls = itertools.count(1)
     model = nn.Linear(6, 3).double()
     optimizer = ZO_SGD_mask(model, lambda z, y: cross_entropy(z, y) * next(calls), None)
-    with pytest.raises(RuntimeError, match="not repeatable"):
+    with pytest.raises(RuntimeError, match="not repeat"):
         optimizer.step(*batch)
 
 
@@ -709,6 +728,15 @@ def test_a_model_that_writes_into_its_input_is_refused(write, wrap, mode, batch)
         queries.start(wrap(batch[0].clone()), batch[1], seed=0)
 
 
+@pytest.mark.parametrize("mode", ["auto", "loop"])
+@pytest.mark.parametrize("write", [lambda x: x.data.sub_(0.1), lambda x: x.numpy().__isub__(0.1)])
+def test_writing_into_the_input_behind_the_back_of_torch_is_refused_too(write, mode, batch):
+    model = Writes(write).double()
+    queries = LossQueries(model, cross_entropy, dict(model.named_parameters()), mode)
+    with pytest.raises(RuntimeError, match=r"writes into its input|not repeat"):
+        queries.start(batch[0].clone(), batch[1], seed=0)
+
+
 def test_layers_in_place_on_the_input_are_refused_too(batch):
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
     queries = LossQueries(model, cross_entropy, dict(model.named_parameters()))
@@ -721,14 +749,14 @@ def test_a_keyword_input_that_is_written_into_is_refused(mode, batch):
     model = TakesKeywords().double()
     queries = LossQueries(model, cross_entropy, dict(model.named_parameters()), mode)
     inputs = {"values": batch[0], "extra": {"scale": torch.ones(())}}
-    with pytest.raises(RuntimeError, match=r"writes into its input|not repeatable"):
+    with pytest.raises(RuntimeError, match=r"writes into its input|not repeat"):
         queries.start(inputs, batch[1], seed=0)
 
 
 def test_a_criterion_that_writes_into_its_targets_is_refused(batch):
     model, targets = nn.Linear(6, 3).double(), torch.zeros(8, 3).double()
     queries = LossQueries(model, lambda z, t: (z - t.sub_(0.1)).square().mean(), dict(model.named_parameters()))
-    with pytest.raises(RuntimeError, match=r"writes into|not repeatable"):
+    with pytest.raises(RuntimeError, match=r"writes into|not repeat"):
         queries.start(batch[0], targets, seed=0)
 
 
@@ -1231,7 +1259,6 @@ WEIGHTS = [
     (torch.bfloat16, [1.0, 2.0, -4.0], 3e-2),  # a step down from a power of two is finer than one up
     (torch.float16, [1.0, -1.3, 0.1], 1e-3),
     (torch.float16, [100.0, -30.0, 7.0], 0.1),
-    (torch.float64, [1e12, -1.0, 3.0], 1e-3),
 ]
 
 
@@ -1270,7 +1297,7 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["auto", "loop"])
 @pytest.mark.parametrize("dtype, value, h", LOST)
 @pytest.mark.parametrize("method", ["esti", "esti one-sided", "sgd", "one-sided"])
 def test_a_probe_that_is_all_lost_in_rounding_is_an_error(method, dtype, value, h, mode):
@@ -1292,13 +1319,13 @@ def test_a_probe_that_is_partly_lost_is_warned_of_once(method, dtype, value, h, 
     model = Weighted([value, 0.0], dtype)
     optimizer = cls(model, lambda z, _: z, None, **options, parameters=["weight"], query_mode=mode)
     with pytest.warns(UserWarning, match="lost in rounding") as caught:
-        optimizer.step(torch.ones(2).double(), None)
+        optimizer.step(torch.tensor([0.0, 1.0]).double(), None)
     assert sum("lost in rounding" in str(warning.message) for warning in caught) == 1
     if method == "esti":
         assert model.weight.grad.tolist() == [0.0, pytest.approx(1, rel=1e-2)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step(torch.ones(2).double(), None)
+        optimizer.step(torch.tensor([0.0, 1.0]).double(), None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -1772,8 +1799,22 @@ SWEEP = {
     "hypernetwork": Hyper,
     "tied autoencoder": Autoencoder,
     "shared layer": lambda: nn.Sequential(*[nn.Linear(6, 6), nn.Tanh()] * 2),
+    "odd shapes": lambda: Shaped(),
     "parameters in containers": lambda: Contained(),
 }
+
+
+class Shaped(nn.Module):
+    """Parameters of odd shapes and layouts: a number (as CLIP's scale), one entry, a transposed and a strided one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.ones(1, 1, 1))
+        self.transposed = nn.Parameter(torch.randn(3, 6).T)
+        self.strided = nn.Parameter(torch.randn(3, 4)[:, ::2])
+
+    def forward(self, x):
+        return torch.tanh((x @ self.transposed) * self.scale.exp() + self.shift[0]) @ self.strided
 
 
 class Contained(nn.Module):
@@ -1829,3 +1870,62 @@ def test_directions_have_the_differences_that_backpropagation_foretells(name, ba
     if name == "Embedding, padded":
         estimate[8:10] = 0
     assert (estimate - g).norm() < 1e-5 * g.norm()
+
+
+class Hollow(nn.Module):
+    """One of the parameters has no entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.empty, self.linear = nn.Parameter(torch.empty(0, 3)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) + self.empty.sum(0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_without_entries_does_no_harm(method, batch):
+    cls, options = METHODS[method]
+    model = Hollow().double()
+    before = model.linear.weight.clone()
+    optimizer = cls(model, cross_entropy, None, **options, parameters=lambda name, p: True)
+    optimizer.step(*batch)
+    assert not torch.equal(model.linear.weight, before) and model.empty.shape == (0, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_may_change_its_type_after_the_optimizer_is_made(method, batch):
+    """As with torch's optimisers: the parameters stay the same objects."""
+    (cls, options), results = METHODS[method], []
+    for early in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        model = model.double() if early else model
+        optimizer = cls(model, cross_entropy, None, **options, generator=torch.Generator().manual_seed(1))
+        model.double()
+        for _ in range(2):
+            optimizer.step(*batch)
+        results.append(list(model.parameters()))
+    assert all(map(torch.equal, *results)) and results[0][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("directions", ["gaussian", "rademacher", "orthogonal"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_type_of_torch_does_not_touch_the_directions(directions, default, batch):
+    """Without a component along itself no direction would tell the slope: ĝ·u averages to g·u over many."""
+    model, x = nn.Linear(6, 3), batch[0].float()
+    g = torch.autograd.grad(cross_entropy(model(x), batch[1]), model.weight)[0]
+    optimizer = ZO_SGD_mask(
+        model, cross_entropy, None, lr=0.0, sigma=1e-2, n_sample=18, directions=directions, parameters=["weight"],
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    estimate, repeats = torch.zeros(3, 6), 1 if directions == "orthogonal" else 100
+    torch.set_default_dtype(default)
+    try:
+        for _ in range(repeats):
+            optimizer.step(x, batch[1])
+            estimate += model.weight.grad / repeats
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.weight.grad.dtype == torch.float32
+    assert (estimate - g).norm() < (0.02 if directions == "orthogonal" else 0.25) * g.norm()

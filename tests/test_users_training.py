@@ -2,10 +2,11 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
+import warnings
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ class Adapted(nn.Module):
     def forward(self, x):
         x = x + self.embedding((x[:, 0] > 0).long())
         h = self.norm(self.conv(x[:, None]).flatten(1))
-        return self.head(self.drop(self.cell(h @ self.A.T @ self.B.T)))
+        return self.head(self.drop(self.cell(h @ self.A.T @ self.B.T, x[:, :2])))
 
 
 def adapted(dropout=0.0):
@@ -117,7 +118,7 @@ def test_exactly_the_chosen_parameters_are_trained(choice, method, batch):
     model = adapted()
     before = snapshot(model)
     optimizer = make(method, model, parameters=choose(model))
-    for _ in range(8):
+    for _ in range(7):
         optimizer.step(*batch)
     expected = {name for name in before if is_chosen(name)}
     assert moved(model, before) == expected == set(optimizer.trained)
@@ -173,7 +174,7 @@ def test_frozen_parameters_are_left_out(options, method, batch):
     model = frozen_first()
     before = snapshot(model)
     optimizer = make(method, model, **options)
-    for _ in range(6):
+    for _ in range(5):
         optimizer.step(*batch)
     assert moved(model, before) == {"3.weight", "3.bias"} == set(optimizer.trained)
     assert model[0].weight.grad is None and not model[0].weight.requires_grad
@@ -225,7 +226,7 @@ def test_layers_are_chosen_by_class_too(types, expected, method, batch):
     model = adapted()
     before = snapshot(model)
     optimizer = make(method, model, opt_layers_strs=types)
-    for _ in range(8):
+    for _ in range(7):
         optimizer.step(*batch)
     assert moved(model, before) == expected
 
@@ -264,7 +265,7 @@ def test_a_mask_that_keeps_nothing_freezes_its_parameter(names, options, method,
     model = two_layers()
     before = snapshot(model)
     optimizer = make(method, model, masks=none_of(model, *names), **options)
-    for _ in range(6):
+    for _ in range(5):
         optimizer.step(*batch)
     assert moved(model, before) == set(before) - set(names)
 
@@ -300,7 +301,7 @@ def test_masked_entries_of_bare_parameters_never_move(method, batch):
     }
     before = snapshot(model)
     optimizer = make(method, model, masks=masks, parameters=[*masks, "B"])
-    for _ in range(6):
+    for _ in range(5):
         optimizer.step(*batch)
     for name, mask in masks.items():
         now = model.get_parameter(name)
@@ -462,7 +463,8 @@ def test_a_schedule_reaches_the_rule_and_a_run_resumes(rule, batch):
     for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     run(*second, 3)
-    assert same(snapshot(whole[0]), snapshot(second[0]))
+    for mine, other in zip(whole[0].parameters(), second[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)  # torch loads NAdam's μ in another precision
     assert second[1].param_groups[0]["lr"] == pytest.approx(0.02 / 8)
 
 
@@ -641,22 +643,43 @@ def test_a_closure_over_two_models_and_several_batches(batch):
 
     optimizer = ZO_SCD_mask(lambda x: x, None, None, lr=0.05, **EXACT, parameters=w)
     losses = [float(optimizer.step(closure)) for _ in range(10)]
-    assert all(b < a for a, b in pairwise(losses))
+    assert all(b < a for a, b in itertools.pairwise(losses))
 
 
+@pytest.mark.parametrize("noise", [lambda calls: next(calls), lambda calls: 1 + 1e-3 * next(calls)])
 @pytest.mark.parametrize("mode", ["auto", "loop"])
-def test_a_closure_that_does_not_repeat_or_fails_is_refused(mode, batch):
-    model, calls = two_layers(), iter(range(1, 99))
-    before = snapshot(model)
+def test_a_closure_that_does_not_repeat_is_refused_or_warned_of(mode, noise, batch):
+    """A device may be noisy, and its user knows: a warning will do, but not silence."""
+    model, calls = two_layers(), itertools.count(1)
     optimizer = ZO_SCD_mask(model, None, None, **EXACT, query_mode=mode)
-    with pytest.raises(RuntimeError, match="not repeatable"):
-        optimizer.step(lambda: cross_entropy(model(batch[0]), batch[1]) * next(calls))
-    with pytest.raises(FloatingPointError, match="nan"):
-        optimizer.step(lambda: cross_entropy(model(batch[0]), batch[1]) * float("nan"))
-    with pytest.raises(ValueError, match="one number"):
-        optimizer.step(lambda: model(batch[0]))
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step(lambda: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, UserWarning), match="not repeat"):
+            optimizer.step(lambda: cross_entropy(model(batch[0]), batch[1]) * noise(calls))
+
+
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (lambda z, loss: loss * float("nan"), FloatingPointError, "nan"),
+        (lambda z, loss: loss / 0, FloatingPointError, "inf"),
+        (lambda z, loss: z, ValueError, "one number"),
+        (lambda z, loss: None, ValueError, "one number"),
+        (lambda z, loss: loss * 1j, ValueError, "(?i)complex"),
+        (lambda z, loss: 1 / 0, ZeroDivisionError, "division"),
+    ],
+)
+def test_a_closure_that_gives_no_loss_is_refused_and_moves_nothing(spoil, error, message, method, batch):
+    model = two_layers()
+    before = snapshot(model)
+    optimizer = make(method, model)
+
+    def closure():
+        z = model(batch[0])
+        return spoil(z, cross_entropy(z, batch[1]))
+
+    with pytest.raises(error, match=message):
+        optimizer.step(closure)
     assert same(before, snapshot(model))
 
 
@@ -784,7 +807,7 @@ def test_masked_entries_stay_whatever_their_gradients_become(method, batch):
     optimizer.estimate(*batch)
     assert not model[0].weight.grad[~mask].any()
     for p in model.parameters():
-        p.grad += 1.0
+        p.grad += 3.0
     optimizer.update()
     assert torch.equal(model[0].weight[~mask], before["0.weight"][~mask])
     assert (model[0].weight[mask] != before["0.weight"][mask]).all()
@@ -889,7 +912,7 @@ def test_a_group_that_is_added_is_trained(group, names, method, batch):
     optimizer.step(*batch)
     optimizer.add_param_group(group(model))
     before = snapshot(model)
-    for _ in range(8):
+    for _ in range(7):
         optimizer.step(*batch)
     assert moved(model, before) == names | {"head.weight", "head.bias"} == set(optimizer.trained)
 
@@ -965,11 +988,6 @@ def plain_state(model):
     return optimizer.state_dict()
 
 
-MINE = {
-    "sgd": lambda: make("sgd adam", two_layers()),
-    "esti": lambda: make("esti", two_layers()),
-    "sign": lambda: make("sign", two_layers()),
-}
 OTHERS = {
     "other parameters": lambda m: make(m, two_layers(), parameters=["0.weight", "3.weight"]).state_dict(),
     "as many parameters, other ones": lambda m: make(
@@ -984,10 +1002,12 @@ OTHERS = {
 }
 
 
-def refuse(optimizer, state, batch):
+def refuse(method, state, batch, **options):
     """The state is refused, and the optimiser goes on as if nothing had been."""
+    model = two_layers()
+    optimizer = make(method, model, **options)
     optimizer.step(*batch)
-    model, before = optimizer.loss_queries.model, copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
     twin, other = copy.deepcopy((model, optimizer))
     with pytest.raises(ValueError):
         optimizer.load_state_dict(state)
@@ -999,18 +1019,17 @@ def refuse(optimizer, state, batch):
     assert same(snapshot(model), snapshot(twin))
 
 
-@pytest.mark.parametrize("mine", MINE)
+@pytest.mark.parametrize("method", ["sgd adam", "esti", "sign"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_state_of_another_optimizer_is_refused(mine, name, batch):
-    same_class = {"sgd": "sgd adam"}.get(mine, mine)
-    refuse(MINE[mine](), OTHERS[name](same_class), batch)
+def test_the_state_of_another_optimizer_is_refused(method, name, batch):
+    refuse(method, OTHERS[name](method), batch)
 
 
-@pytest.mark.parametrize("mine, other", [("sgd", "esti adam"), ("esti", "sgd"), ("sign", "sgd")])
+@pytest.mark.parametrize("mine, other", [("sgd adam", "esti adam"), ("esti", "sgd"), ("sign", "sgd")])
 def test_the_state_of_the_other_class_is_refused(mine, other, batch):
     optimizer = make(other, two_layers())
     optimizer.step(*batch)
-    refuse(MINE[mine](), optimizer.state_dict(), batch)
+    refuse(mine, optimizer.state_dict(), batch)
 
 
 @pytest.mark.parametrize("method", ["sgd adam", "esti", "sign"])
@@ -1018,8 +1037,8 @@ def test_the_state_under_another_mask_is_refused(method, batch):
     """As many kept entries, other ones; and a mask against none."""
     model = two_layers()
     state = make(method, two_layers(), masks=half_mask(model, odd=True)).state_dict()
-    refuse(make(method, two_layers(), masks=half_mask(model)), state, batch)
-    refuse(make(method, two_layers(), masks=half_mask(model)), make(method, two_layers()).state_dict(), batch)
+    refuse(method, state, batch, masks=half_mask(model))
+    refuse(method, make(method, two_layers()).state_dict(), batch, masks=half_mask(model))
 
 
 @pytest.mark.parametrize("method", ["sgd adam", "esti", "sign"])
