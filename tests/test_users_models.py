@@ -350,10 +350,10 @@ class DrawsTwice(nn.Module):
     def forward(self, x):
         dropped = self.drop(x)
         noise = self.draw()
-        return self.linear(dropped) * noise, dropped, noise
+        return dropped @ self.linear.weight.T * noise, dropped, noise
 
 
-@pytest.mark.parametrize("mode", ["auto", "loop"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "drop, draw",
     [
@@ -367,17 +367,23 @@ class DrawsTwice(nn.Module):
     ],
 )
 def test_a_draw_behind_dropout_is_the_same_in_every_query(drop, draw, mode, batch):
+    """The first and the last coordinate change nothing: they do not tell that the noise is another one."""
     model = DrawsTwice(drop, draw).double()
+    x = batch[0].clone()
+    x[:, [0, -1]] = 0
     queries = LossQueries(model, lambda outputs, _: outputs[0].sum(), dict(model.named_parameters()), mode)
     for seed in range(2):
-        (_, dropped, noise), loss = queries.start(*batch, seed)
-        losses = queries.coordinates("linear.weight", torch.arange(18), [0.1])[0]
+        (_, dropped, noise), loss = queries.start(x, batch[1], seed)
         expected = noise[:, None] * dropped.sum(0)
         assert noise.abs().sum() > 0
-        torch.testing.assert_close((losses - loss).view(3, 6), 0.1 * expected)
-        u = torch.ones(1, 18).double()
-        along = queries.directions({"linear.weight": torch.arange(18)}, u, [0.1])
-        torch.testing.assert_close((along - loss).item(), 0.1 * expected.sum().item())
+        try:
+            losses = queries.coordinates("linear.weight", torch.arange(18), [0.1])[0]
+            along = queries.directions({"linear.weight": torch.arange(18)}, torch.ones(1, 18).double(), [0.1])
+        except RuntimeError as refusal:
+            assert mode in ("batched", "structured") and "cannot query this model" in str(refusal)
+        else:
+            torch.testing.assert_close((losses - loss).view(3, 6), 0.1 * expected)
+            torch.testing.assert_close((along - loss).item(), 0.1 * expected.sum().item())
 
 
 # ---- C. values derived from a weight
@@ -1224,13 +1230,13 @@ def test_buffers_after_training_are_those_of_one_forward_pass_a_step(name, metho
 @pytest.mark.parametrize("mode", ["auto", "loop"])
 def test_a_net_with_batch_norm_is_as_good_in_evaluation_as_in_training(mode):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 6, generator=generator) * 2 + 3
+    x = torch.randn(64, 6, generator=generator) * 2 + 20
     y = (x[:, 0] > x[:, 1]).long()
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = ZO_SCD_mask(
         model, cross_entropy, None, lr=0.05, grad_sparsity=0, grad_estimator="esti", adam=True, query_mode=mode
     )
-    for _ in range(40):
+    for _ in range(80):
         optimizer.step(x, y)
     accuracy = [(model.train(training)(x).argmax(1) == y).float().mean() for training in (True, False)]
     assert accuracy[0] > 0.9 and abs(accuracy[0] - accuracy[1]) < 0.05
@@ -1339,18 +1345,28 @@ def test_no_warning_where_nothing_is_lost(method, batch):
         cls(model, cross_entropy, None, **options).step(batch[0].float(), batch[1])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.15), (torch.float16, 0.05)])
+class InDouble(nn.Module):
+    """Weights in half precision, arithmetic in double: what is off in a difference is the step alone."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4).to(dtype), nn.Linear(4, 3).to(dtype)
+
+    def forward(self, x):
+        h = torch.tanh(F.linear(x, self.first.weight.double(), self.first.bias.double()))
+        return F.linear(h, self.last.weight.double(), self.last.bias.double())
+
+
+@pytest.mark.parametrize("dtype, h", [(torch.bfloat16, 3e-3), (torch.bfloat16, 5e-3), (torch.float16, 3e-4)])
 @pytest.mark.parametrize("mode", ["auto", "loop"])
-def test_the_gradient_of_a_whole_net_in_half_precision(dtype, tolerance, mode, batch):
-    """Against autograd in float64 at the same rounded weights; the steps are as large as the precision asks for."""
-    model = TwoTypes(dtype, torch.float64)
-    wide, x = copy.deepcopy(model).double(), batch[0].to(dtype)
-    model.forward = lambda x: model.head(torch.tanh(F.linear(x.double(), *map(torch.Tensor.double, (
-        model.trunk.weight, model.trunk.bias)))))  # fmt: skip
-    g = torch.autograd.grad(cross_entropy(wide(x.double()), batch[1]), wide.parameters())
-    ZO_SCD_mask(model, cross_entropy, None, **ESTI, h_smooth=0.02, query_mode=mode).step(x, batch[1])
+def test_the_gradient_of_a_whole_net_in_half_precision(dtype, h, mode, batch):
+    """The steps are hardly larger than the numbers lie apart; against autograd in float64 at the same weights."""
+    model = InDouble(dtype)
+    wide = copy.deepcopy(model).double()
+    g = torch.autograd.grad(cross_entropy(wide(batch[0]), batch[1]), wide.parameters())
+    ZO_SCD_mask(model, cross_entropy, None, **ESTI, h_smooth=h, query_mode=mode).step(*batch)
     for p, expected in zip(model.parameters(), g, strict=True):
-        assert (p.grad.double() - expected).norm() < tolerance * expected.norm()
+        assert (p.grad.double() - expected).norm() < 0.02 * expected.norm()
 
 
 class Complex(nn.Module):
