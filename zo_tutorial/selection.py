@@ -94,6 +94,8 @@ def _by_choice(model: Callable, parameters: Parameters) -> tuple[dict, dict, lis
     if not isinstance(model, nn.Module):
         if isinstance(parameters, Tensor):
             parameters = [parameters]
+        if callable(parameters):
+            raise ValueError("parameters: a model that is no module has no names to choose by; give its tensors")
         if not isinstance(parameters, dict):
             parameters = {f"theta{k or ''}": tensor for k, tensor in enumerate(parameters)}
         return dict(parameters), {}, [{"params": list(parameters)}]
@@ -107,6 +109,8 @@ def _by_choice(model: Callable, parameters: Parameters) -> tuple[dict, dict, lis
         grouped = all(isinstance(entry, dict) for entry in listed) and listed
         groups, frozen = [dict(group) for group in listed] if grouped else [{"params": listed}], {}
         for group in groups:
+            if "params" not in group:
+                raise ValueError(f"parameters: a group needs its 'params'; this one has {', '.join(group)}")
             group["params"] = names_of(model, group["params"])
     chosen = {name for group in groups for name in group["params"]}
     left_out = {name: frozen.get(name, "it is not among the parameters given") for name in known if name not in chosen}

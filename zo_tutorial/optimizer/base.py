@@ -96,19 +96,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Returns:
             (outputs, loss) of the unperturbed model before the update; with a closure, the loss.
         """
-        closure = self._closure(inputs, targets, closure)
         for parameter in self.trained.values():
             parameter.grad = None
-        outputs, loss = self._estimate_from(inputs, targets, closure)
+        answer = self.estimate(inputs, targets, closure=closure)
         self.update()
-        return loss if closure is not None else (outputs, loss)
+        return answer
 
+    @torch.inference_mode(False)
     def estimate(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
         """Add an estimate of the gradient to `.grad`; arguments and returns as in `step`."""
         closure = self._closure(inputs, targets, closure)
         outputs, loss = self._estimate_from(inputs, targets, closure)
         return loss if closure is not None else (outputs, loss)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
         """Move the weights along what stands in `.grad`. A weight that its mask takes out stays as it is."""
@@ -197,7 +198,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _identity(self) -> dict[str, str]:
         """What a state must fit: the class, and the coordinates of each parameter."""
-        identity = {"class": type(self).__name__}
+        identity = {"class": type(self).__name__, "rule": type(self.rule).__name__}
         for name, kept in self.index.items():
             which = "all" if isinstance(kept, range) else f"{len(kept)}, sum {crc32(kept.cpu().numpy()):08x}"
             identity[f"trained {name}"] = f"{which} of {self.trained[name].numel()}"

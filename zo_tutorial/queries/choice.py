@@ -19,7 +19,7 @@ from zo_tutorial.queries.way import Index, Unsuitable, Way
 
 QUERY_MODES = ("auto", "loop", "batched", "structured")
 NOT_ASKED = "the loop is as quick"
-SAMPLE = 8  # coordinates at which a way is tried before it is trusted
+SAMPLE, LEAST = 3, 3  # coordinates at which a way is tried before it is trusted: any, and those that matter least
 # A change is that of the loop to within a share of it and a multiple of the rounding of the loss.
 SHARE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUNDINGS = {torch.float32: 64, torch.float64: 1000}
@@ -116,13 +116,14 @@ class Choice:
             try:
                 if self.known.get(key):
                     raise Unsuitable(self.known[key])
-                way = self.ways[name]
-                answer = None
-                if then is None or key not in self.known:
-                    self._permit(name, kind, index, asked)
+                way, new, answer = self.ways[name], key not in self.known, None
+                self._permit(index)
+                if new and self.mode == "auto" and kind != "descend":
+                    self._attempt(lambda way: self._weigh(way.seconds(kind, index, asked)), way)
+                if new or then is None:
                     answer = self._attempt(ask, way)
-                    if key not in self.known and check(way, answer):
-                        self.known[key] = ""
+                if new and check(way, answer):
+                    self.known[key] = ""
                 if then is not None:
                     answer = then(way)
                 self.answered[(kind, *names)] = name, reasons
@@ -145,8 +146,13 @@ class Choice:
             return ("structured",)  # copies for each single step cost more than the loop
         return {"loop": (), "batched": ("batched",)}.get(self.mode, ("structured", "batched"))
 
-    def _permit(self, way: str, kind: str, index: dict[str, Index], asked: int) -> None:
-        """Raise Unsuitable where a way would be wrong, or slower than the loop."""
+    def _weigh(self, seconds: float) -> None:
+        """Raise Unsuitable where a query of so many seconds is not clearly cheaper than one of the loop."""
+        if not cheaper(self.evaluation.recorded(), seconds):
+            raise Unsuitable(NOT_ASKED)
+
+    def _permit(self, index: dict[str, Index]) -> None:
+        """Raise Unsuitable where only the loop is right."""
         evaluation = self.evaluation
         if evaluation.compiled():
             raise Unsuitable("the model is compiled")
@@ -154,9 +160,6 @@ class Choice:
             raise Unsuitable("autocast rounds the weights of each query")
         if any(evaluation.parameters[name].element_size() < 4 for name in index):
             raise Unsuitable("in half precision the rounding of each query counts")
-        if self.mode == "auto" and kind != "descend":
-            if not cheaper(evaluation.recorded(), self.ways[way].seconds(kind, index, asked)):
-                raise Unsuitable(NOT_ASKED)
 
     def _attempt(self, ask: Callable, way: Way) -> Any:
         """The answer of a way.
@@ -175,6 +178,8 @@ class Choice:
         try:
             with self.evaluation.unharmed():
                 ask(way)
+        except Unsuitable:
+            pass
         except Exception:
             with self.evaluation.unharmed():
                 self.evaluation.loss()
@@ -184,18 +189,22 @@ class Choice:
     def _agrees_at(self, way: Way, name: str, index: Tensor, losses: Tensor, shift: float) -> bool:
         """Whether a way could be compared with the loop at coordinates of one parameter; Unsuitable if they differ.
 
-        It is at those that change the loss most, as far as was asked and as far as the weights are large.
+        It is at those that change the loss most and least, and at some others, as far as was asked and as far as the
+        weights are large; at fewer of them once the way has been right about this parameter.
         """
-        asked = int((losses - self.evaluation.base).abs().argmax()) if len(losses) > 1 else 0
+        changes = (losses - self.evaluation.base).abs()
+        asked = changes.argsort(descending=True)[:1]
+        first = f"{type(way).__name__} {name}" not in self.known
+        least = changes.argsort()[:LEAST] if first and len(changes) > LEAST else asked
         generator = Generator().manual_seed(0)
-        sample = index[torch.randperm(len(index), generator=generator)[:SAMPLE].to(index.device)]
-        sample = torch.cat([sample, index[asked : asked + 1]]).unique()
+        drawn = torch.randperm(len(changes), generator=generator)[: SAMPLE if first else 1].to(index.device)
+        sample = index[: len(changes)][torch.cat([asked, least, drawn]).unique()]
         far = 4 * _size([self.evaluation.parameters[name]])
         mine = way.coordinates(name, sample, [far])[0]  # (P,)
-        largest = (mine - self.evaluation.base).abs().argsort(descending=True)[:2]
-        theirs = self.loop.coordinates(name, sample[largest], [far])[0]
-        nearby = self.loop.coordinates(name, index[asked : asked + 1], [shift])[0]
-        if self._same(torch.cat([mine[largest], losses[asked : asked + 1]]), torch.cat([theirs, nearby])):
+        theirs = self.loop.coordinates(name, sample, [far])[0]
+        nearby = self.loop.coordinates(name, index[asked], [shift])[0]
+        if self._same(torch.cat([mine, losses[asked]]), torch.cat([theirs, nearby])):
+            self.known[f"{type(way).__name__} {name}"] = ""
             return True
         # Hardly anything changed. If the loop sees that these weights matter together, then it should have.
         together = Directions.of(torch.ones(1, len(sample), device=index.device))
@@ -220,7 +229,7 @@ class Choice:
 
     def _question(self, kind: str, names: list[str], asked: int) -> str:
         modes = [module.training for module in self.evaluation.modules.values()]
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(self.evaluation.inputs)]
+        shapes = ["nested" if t.is_nested else tuple(t.shape) for t in tensors_in(self.evaluation.inputs)]
         kind = "coordinates" if kind == "descend" else kind
         return f"{kind} {crc32(repr((names, modes, shapes, asked.bit_length())).encode()):08x}"
 

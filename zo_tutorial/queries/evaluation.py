@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from zo_tutorial.queries.recording import Recording, span, tensors_in
 from zo_tutorial.queries.sensitivity import is_affine
@@ -81,6 +83,7 @@ class Evaluation:
         if self.draws:
             seed_everything(self.seed)
         torch.clear_autocast_cache()
+        parametrize._cache.clear()  # of torch.nn.utils.parametrize.cached()
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
@@ -170,6 +173,8 @@ def as_loss(value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         try:
+            if isinstance(value, complex | np.complexfloating):
+                raise TypeError("it is complex")
             value = torch.tensor(float(value), dtype=torch.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the criterion must return one number, not {type(value).__name__}") from error

@@ -81,6 +81,7 @@ class LossQueries:
         self.choice = Choice(self.evaluation, mode)
         self.count = 0
         self.steps = 0
+        self.lost: set[str] = set()  # parameters at which a step was seen to be lost in rounding
         self.repeatable = False  # whether the loss was seen to come out the same twice
 
     def start(self, inputs, targets, seed: int, *, closure: Callable | None = None) -> tuple:
@@ -92,7 +93,8 @@ class LossQueries:
             inputs: a tuple or list for `model(*inputs)`, a dict for `model(**inputs)`, anything else for
                 `model(inputs)`.
             targets: anything; the criterion gets it as it is.
-            closure: a function that returns the loss, in the place of inputs, targets, model and criterion.
+            closure: a function that returns the loss, in the place of inputs, targets, model and criterion. It is
+                called without gradients, so it must not call `backward`.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the message names the step.
@@ -242,7 +244,9 @@ class LossQueries:
         )
         if all_of_them:
             raise FloatingPointError(message)
-        warnings.warn(message, stacklevel=3)
+        if name not in self.lost:
+            self.lost.add(name)
+            warnings.warn(message, stacklevel=3)
 
     def _checked(self, losses: Tensor, where: str) -> Tensor:
         """The losses, or an error that names step and layer if one of them is not a finite number."""
@@ -267,4 +271,4 @@ def _plain():
 def _fingerprint(weight: Tensor) -> tuple:
     """What tells whether a parameter was written to."""
     weight = weight.detach()
-    return version(weight), str(weight.sum().item()), torch.linalg.vector_norm(weight).item()
+    return version(weight), str(weight.sum().item()), str(torch.linalg.vector_norm(weight).item())  # "nan" is "nan"

@@ -30,6 +30,8 @@ class Snapshot:
         self.seen: set[int] = set()
         self.held = []
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):  # its attributes are out of Python's reach
+                continue
             for content in (vars(module), module._buffers, module._parameters, module._modules):
                 self.held.append((content, dict(content)))
             for key, value in vars(module).items():

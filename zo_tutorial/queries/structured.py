@@ -32,6 +32,7 @@ from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, CachedLayer
 from zo_tutorial.queries.way import Index, Unsuitable
+from zo_tutorial.selection import layer_of
 
 
 class Structured:
@@ -71,11 +72,8 @@ class Structured:
         Raises:
             Unsuitable: it is no layer of a known form, or something else reads the parameter too.
         """
-        recording, modules = self.evaluation.recorded(), self.evaluation.modules
-        owner = name
-        while owner and modules.get(owner) not in recording.layers:  # cores lie deeper in their layer
-            owner = owner.rpartition(".")[0]
-        layer, here = modules[owner], span(self.evaluation.parameters[name])
+        recording, owner = self.evaluation.recorded(), layer_of(self.evaluation.model, name)
+        layer, here = self.evaluation.modules[owner], span(self.evaluation.parameters[name])
         if layer not in recording.layers:
             raise Unsuitable("no form is known for the layer")
         holders = sum(overlap(here, held) for held in recording.held)
