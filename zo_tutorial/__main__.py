@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", allow_abbrev=False, help="time the steps of all methods in all query modes")
     timing.set_defaults(command=_bench)
     timing.add_argument("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
+    others = "models of other kinds (resnet18, …) instead, all weights trained: is `auto` ever slower than the loop?"
+    timing.add_argument("--others", action="store_true", help=others)
     timing.add_argument("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
     timing.add_argument("--out", **path, metavar="FILE.json", help="write the rows there; written anew if it is there")
     timing.add_argument("--plot", **path, metavar="FILE.png", help="a bar chart; written anew if it is there")
@@ -238,7 +240,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         open(path, "ab").close()  # a folder that is not there is an error now, not in the end
     rows = []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        rows += bench.bench(arguments.quick, device, peers=peers)
+        rows += bench.bench(arguments.quick, device, peers=peers, others=arguments.others)
     print(bench.table(rows))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -3,7 +3,9 @@
 For each model, method and query mode one step is timed, all of them in turn, again and again; the medians are compared
 with a first-order step (forward, backward, Adam) of the same model and with the loop. esti, batch and sign skip no
 coordinate and look to both sides; SGD takes 20 two-sided directions. Public libraries can be timed beside them, on the
-same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`. Chapter 9 shows the result.
+same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`. `bench --others` times "auto" on models of other kinds,
+all of their parameters trained: what its estimate of the work chooses should never be slower than the loop. Chapter 9
+shows the result.
 """
 
 import importlib.util
@@ -13,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from zo_tutorial.data import mnist
@@ -43,9 +46,10 @@ class Step:
 
     Args:
         share: fraction of the coordinates to keep.
+        everything: train all parameters, not only those of the supported layers.
     """
 
-    def __init__(self, model, masks, method: str, mode: str, batch: tuple, share: float = 1.0):
+    def __init__(self, model, masks, method: str, mode: str, batch: tuple, share: float = 1.0, everything=False):
         self.model, self.method, self.mode, self.batch = model, method, mode, batch
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}
         self.seconds, self.queries, self.share, self.optimizer = [], 1, share, None
@@ -59,9 +63,11 @@ class Step:
             return
         cls, options = METHODS[method]
         generator = torch.Generator().manual_seed(0)
+        chosen = list(model.parameters()) if everything else None
         if share < 1:
-            masks = _thinned(model, masks, share, generator)
-        self.optimizer = cls(model, F.cross_entropy, masks, **options, generator=generator, query_mode=mode)
+            masks = _thinned(model, masks, share, generator, chosen)
+        options = options | {"parameters": chosen, "generator": generator, "query_mode": mode}
+        self.optimizer = cls(model, F.cross_entropy, masks, **options)
         self.coordinates = sum(map(len, self.optimizer.index.values()))
         self.run = lambda: self.optimizer.step(*batch)
 
@@ -121,7 +127,11 @@ def _evotorch_step(model, method: str, batch: tuple) -> Callable:
 
 
 def bench(
-    quick: bool = False, device: str = "cpu", models: dict | None = None, peers: tuple[str, ...] = ()
+    quick: bool = False,
+    device: str = "cpu",
+    models: dict | None = None,
+    peers: tuple[str, ...] = (),
+    others: bool = False,
 ) -> list[dict]:
     """Time a step of every model, method and mode on one device, with as many threads as torch is set to.
 
@@ -129,6 +139,7 @@ def bench(
         quick: fewer rounds, and more steps scaled from a sample: under a minute on two cores.
         models: {name: (model, masks, (inputs, targets))} on that device; None: the models of the book on real images.
         peers: the libraries of `PEERS` to time too, on models without masks.
+        others: the models of `others_of`, with all parameters trained, by SGD and esti in the modes "loop" and "auto".
 
     Returns:
         Rows with `model, method, mode, device, threads, queries, median_s, first_order_steps, speedup_over_loop,
@@ -137,20 +148,22 @@ def bench(
     """
     rounds, longest = (3, 0.12) if quick else (7, 1.0)  # rounds, seconds of a step
     rows = []
-    models = models or _models(device)
+    models = models or (others_of(device) if others else _models(device))
     bar = tqdm(total=len(models) * (1 + rounds), unit="round", desc=device, leave=False, delay=1)
     for name, (model, masks, batch) in models.items():
-        trained = sum(map(len, _kept(model, masks).values()))
+        trained = sum(map(len, _kept(model, masks, list(model.parameters()) if others else None).values()))
         kinds = [("FO", "loop")] + [(method, mode) for method in METHODS if method != "FO" for mode in MODES]
+        if others:
+            kinds = [("FO", "loop")] + [(method, mode) for method in ("SGD", "esti") for mode in ("loop", "auto")]
         kinds += [(method, peer) for peer in peers if masks is None for method in PEERS[peer]]
         steps = []
         for method, mode in kinds:
-            whole = mode not in MODES or method in ("FO", "SGD")
-            step = Step(model, masks, method, mode, batch, 1.0 if whole else 16 / trained)
+            whole = mode in PEERS or method in ("FO", "SGD")
+            step = Step(model, masks, method, mode, batch, 1.0 if whole else min(1.0, 64 / trained), others)
             step.time()  # the first one also compares with the loop
             enough = (8 if mode == "structured" else 1) * longest / 4
             while step.share < 1 and min(step.time(), step.time()) < enough:
-                step = Step(model, masks, method, mode, batch, min(1.0, 4 * step.share))
+                step = Step(model, masks, method, mode, batch, min(1.0, 4 * step.share), others)
                 step.time()
             step.seconds.clear()
             steps.append(step)
@@ -188,14 +201,45 @@ def _models(device) -> dict:
     }
 
 
-def _kept(model, masks) -> dict:
+def others_of(device: str) -> dict:
+    """Models of other kinds on random inputs: {name: (model, None, batch)}. Two of them come from torchvision."""
+    import torchvision
+
+    class Sequence(nn.Module):
+        """A layer over a sequence (B, L, 64), and a linear layer on what it makes of it."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.embed, self.layer, self.head = nn.Linear(16, 64), layer, nn.Linear(64, 10)
+
+        def forward(self, x):
+            h = self.layer(self.embed(x))
+            return self.head((h[0] if isinstance(h, tuple) else h).mean(1))
+
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    models = {
+        "resnet18": torchvision.models.resnet18(num_classes=10),
+        "mobilenet": torchvision.models.mobilenet_v3_small(num_classes=10),
+        "transformer": Sequence(nn.TransformerEncoder(block, 2, enable_nested_tensor=False)),
+        "LSTM": Sequence(nn.LSTM(64, 64, batch_first=True)),
+    }
+    images, words = torch.randn(8, 3, 64, 64), torch.randn(32, 20, 16)
+    batches = [(x, torch.randint(10, (len(x),))) for x in (images, images, words, words)]
+    return {
+        name: (model.to(device), None, tuple(part.to(device) for part in batch))
+        for (name, model), batch in zip(models.items(), batches, strict=True)
+    }
+
+
+def _kept(model, masks, chosen: list | None = None) -> dict:
     """The trained positions of each parameter."""
-    return kept_positions(select_parameters(model).trained, masks)
+    return kept_positions(select_parameters(model, parameters=chosen).trained, masks)
 
 
-def _thinned(model, masks, share: float, generator: torch.Generator) -> dict:
+def _thinned(model, masks, share: float, generator: torch.Generator, chosen: list | None) -> dict:
     """Masks that keep a random share of what `masks` keep."""
-    index = _kept(model, masks)
+    index = _kept(model, masks, chosen)
     sizes = [len(positions) for positions in index.values()]
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
     chosen[torch.randperm(len(chosen), generator=generator)[: max(1, round(share * len(chosen)))]] = True
@@ -236,11 +280,11 @@ def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]
 
 def table(rows: list[dict]) -> str:
     """The rows as text, one a line."""
-    names = f"{'device':6} {'model':5} {'method':6} {'mode':10}"
+    names = f"{'device':6} {'model':11} {'method':6} {'mode':10}"
     lines = [f"{names} {'queries':>8} {'ms':>10} {'FO steps':>9} {'x loop':>7} {'queries/s':>10}"]
     for row in rows:
         lines.append(
-            f"{row['device']:6} {row['model']:5} {row['method']:6} {row['mode']:10} {row['queries']:8,} "
+            f"{row['device']:6} {row['model']:11} {row['method']:6} {row['mode']:10} {row['queries']:8,} "
             f"{1e3 * row['median_s']:10.2f} {row['first_order_steps']:9.1f} {row['speedup_over_loop']:7.1f} "
             f"{row['queries_per_s']:10,.0f}" + (" scaled" if row["scaled"] else "")
         )
@@ -251,7 +295,7 @@ def plot(rows: list[dict], figure) -> None:
     """A bar chart of first-order steps a step, one panel for each device and model, drawn on a matplotlib Figure."""
     panels = list(dict.fromkeys((row["device"], row["model"]) for row in rows))
     methods = [method for method in METHODS if method != "FO"]
-    modes = [mode for mode in (*MODES, *PEERS) if any(row["mode"] == mode for row in rows)]
+    modes = [mode for mode in (*MODES, "auto", *PEERS) if any(row["mode"] == mode for row in rows)]
     width = 0.8 / len(modes)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, panel in zip(axes, panels, strict=True):

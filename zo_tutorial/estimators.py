@@ -24,7 +24,7 @@ def random_directions(n: int, d: int, kind: str = "gaussian", generator: torch.G
     return Directions(n, d, kind, generator).rows(0, n)
 
 
-def from_directions(directions: Tensor | Directions, difference: Tensor, distance: float) -> Tensor:
+def from_directions(directions: Tensor, difference: Tensor, distance: float) -> Tensor:
     """ĝ = 1/n Σ_i (difference_i / distance) u_i: the random-direction estimator (Nesterov and Spokoiny, 2017).
 
     One-sided: difference L(θ+σu_i) − L(θ), distance σ. Two-sided: L(θ+σu_i) − L(θ−σu_i), distance 2σ.
@@ -36,10 +36,7 @@ def from_directions(directions: Tensor | Directions, difference: Tensor, distanc
     Returns:
         (d,).
     """
-    weights = difference / distance
-    if isinstance(directions, Directions):
-        return directions.combined(weights).div_(directions.n)
-    return weights @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
+    return (difference / distance) @ directions / len(directions)  # (n,) @ (n, d) -> (d,)
 
 
 def estimate_gradient(

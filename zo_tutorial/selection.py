@@ -183,9 +183,12 @@ def kept_positions(
     return index
 
 
-def layer_of(model: nn.Module, name: str) -> str:
-    """The name of a parameter's layer: "fc1" for "fc1.weight" and for "fc1.cores.0", "" for the model's own."""
-    modules, owner = dict(model.named_modules()), name.rpartition(".")[0]
+def layer_of(modules: dict[str, nn.Module], name: str) -> str:
+    """The name of a parameter's layer: "fc1" for "fc1.weight" and for "fc1.cores.0", "" for the model's own.
+
+    modules: all of the model's, by name.
+    """
+    owner = name.rpartition(".")[0]
     while isinstance(modules.get(owner), nn.ParameterList | nn.ParameterDict):
         owner = owner.rpartition(".")[0]
     return owner

@@ -70,9 +70,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @property
     def layers(self) -> dict[str, list[str]]:
         layers: dict[str, list[str]] = {}
+        modules = dict(self.model.named_modules()) if isinstance(self.model, nn.Module) else {}
         for name in self.trained:
-            owner = layer_of(self.model, name) if isinstance(self.model, nn.Module) else name
-            layers.setdefault(owner, []).append(name)
+            layers.setdefault(layer_of(modules, name), []).append(name)
         return layers
 
     @property

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from zo_tutorial.directions import DIRECTIONS, Directions
-from zo_tutorial.estimators import from_directions
 from zo_tutorial.optimizer.base import Rule, ZerothOrderOptimizer, torch_rule, whole_number
 from zo_tutorial.selection import Layers, Parameters
 
@@ -103,12 +102,11 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
     def _estimate(self, index: dict[str, Tensor | range], loss: Tensor) -> Tensor:
         """ĝ of the coordinates in `index`, all others unperturbed: (d,)."""
         d = sum(map(len, index.values()))
-        u = Directions(self.n_sample, d, self.directions, self.generator, self.room)  # (n, d)
+        u = Directions(self.n_sample, d, self.directions, self.generator, self.room)  # the rows of (n, d)
         scales = [self.sigma, -self.sigma] if self.two_sided else [self.sigma]
         losses = self.loss_queries.directions(index, u, scales)  # (2 or 1, n)
-        if self.two_sided:
-            return from_directions(u, losses[0] - losses[1], 2 * self.sigma)
-        return from_directions(u, losses[0] - loss, self.sigma)
+        slopes = (losses[0] - losses[1]) / (2 * self.sigma) if self.two_sided else (losses[0] - loss) / self.sigma
+        return u.combined(slopes).div_(u.n)  # 1/n Σ_i slope_i u_i
 
     def update(self) -> None:
         """Move the weights along what stands in `.grad`, or its sign under signSGD."""

@@ -29,9 +29,9 @@ class Choice:
     """The ways that may answer, and what is known of them.
 
     Attributes:
-        known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters and
-            roughly how often, with inputs of which shapes and modules in which modes. No way is asked again what it
-            has failed.
+        known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters, with
+            inputs of which shapes and modules in which modes. No way is asked again what it has failed. With a number
+            of points behind the question: "" or that the loop is as quick.
         answered: {(kind, parameters): (the way that answered last, {faster way: why it did not})}.
     """
 
@@ -110,7 +110,7 @@ class Choice:
             then: what moves parameters, and so must not be tried.
         """
         names, reasons = list(index), dict[str, str]()
-        question = self._question(kind, names, asked)
+        question = self._question(kind, names)
         for name in self._order(kind):
             key = f"{name} {question}"
             try:
@@ -118,8 +118,9 @@ class Choice:
                     raise Unsuitable(self.known[key])
                 way, new, answer = self.ways[name], key not in self.known, None
                 self._permit(index)
-                if new and self.mode == "auto" and kind != "descend":
-                    self._attempt(lambda way: self._weigh(way.seconds(kind, index, asked)), way)
+                if self.mode == "auto" and kind != "descend" and not self._pays(key, way, kind, index, asked):
+                    reasons[name] = NOT_ASKED
+                    continue
                 if new or then is None:
                     answer = self._attempt(ask, way)
                 if new and check(way, answer):
@@ -146,10 +147,16 @@ class Choice:
             return ("structured",)  # copies for each single step cost more than the loop
         return {"loop": (), "batched": ("batched",)}.get(self.mode, ("structured", "batched"))
 
-    def _weigh(self, seconds: float) -> None:
-        """Raise Unsuitable where a query of so many seconds is not clearly cheaper than one of the loop."""
-        if not cheaper(self.evaluation.recorded(), seconds):
-            raise Unsuitable(NOT_ASKED)
+    def _pays(self, key: str, way: Way, kind: str, index: dict[str, Index], asked: int) -> bool:
+        """Whether a way promises to be clearly cheaper than the loop for about so many points."""
+
+        def weigh(way: Way) -> bool:
+            return cheaper(self.evaluation.recorded(), way.seconds(kind, index, asked))
+
+        key = f"{key} {asked.bit_length()}"
+        if key not in self.known:
+            self.known[key] = "" if self._attempt(weigh, way) else NOT_ASKED
+        return not self.known[key]
 
     def _permit(self, index: dict[str, Index]) -> None:
         """Raise Unsuitable where only the loop is right."""
@@ -189,22 +196,23 @@ class Choice:
     def _agrees_at(self, way: Way, name: str, index: Tensor, losses: Tensor, shift: float) -> bool:
         """Whether a way could be compared with the loop at coordinates of one parameter; Unsuitable if they differ.
 
-        It is at those that change the loss most and least, and at some others, as far as was asked and as far as the
-        weights are large; at fewer of them once the way has been right about this parameter.
+        It is at the one that changes the loss most, as far as was asked; and once for each parameter at those that
+        change it most and least, and at some others, as far as the weights are large.
         """
         changes = (losses - self.evaluation.base).abs()
         asked = changes.argsort(descending=True)[:1]
-        first = f"{type(way).__name__} {name}" not in self.known
-        least = changes.argsort()[:LEAST] if first and len(changes) > LEAST else asked
+        nearby = self.loop.coordinates(name, index[asked], [shift])[0]
+        right = self._same(losses[asked], nearby)
+        before = f"{type(way).__name__} {name}"
+        if before in self.known:
+            return right
         generator = Generator().manual_seed(0)
-        drawn = torch.randperm(len(changes), generator=generator)[: SAMPLE if first else 1].to(index.device)
-        sample = index[: len(changes)][torch.cat([asked, least, drawn]).unique()]
+        drawn = torch.randperm(len(changes), generator=generator)[:SAMPLE].to(index.device)
+        sample = index[: len(changes)][torch.cat([asked, changes.argsort()[:LEAST], drawn]).unique()]
         far = 4 * _size([self.evaluation.parameters[name]])
         mine = way.coordinates(name, sample, [far])[0]  # (P,)
-        theirs = self.loop.coordinates(name, sample, [far])[0]
-        nearby = self.loop.coordinates(name, index[asked], [shift])[0]
-        if self._same(torch.cat([mine, losses[asked]]), torch.cat([theirs, nearby])):
-            self.known[f"{type(way).__name__} {name}"] = ""
+        if self._same(mine, self.loop.coordinates(name, sample, [far])[0]):
+            self.known[before] = ""
             return True
         # Hardly anything changed. If the loop sees that these weights matter together, then it should have.
         together = Directions.of(torch.ones(1, len(sample), device=index.device))
@@ -227,11 +235,11 @@ class Choice:
         allowed = SHARE[base.dtype] * (b - base.double()).abs() + times * rounding
         return ~((a - b).abs() <= allowed) & ~(a.isnan() & b.isnan()) & (a != b)
 
-    def _question(self, kind: str, names: list[str], asked: int) -> str:
+    def _question(self, kind: str, names: list[str]) -> str:
         modes = [module.training for module in self.evaluation.modules.values()]
         shapes = ["nested" if t.is_nested else tuple(t.shape) for t in tensors_in(self.evaluation.inputs)]
         kind = "coordinates" if kind == "descend" else kind
-        return f"{kind} {crc32(repr((names, modes, shapes, asked.bit_length())).encode()):08x}"
+        return f"{kind} {crc32(repr((names, modes, shapes)).encode()):08x}"
 
     def _tell(self, names: list[str], reasons: dict[str, str]) -> None:
         """Warn once that queries are slow, and why."""

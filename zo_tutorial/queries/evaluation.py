@@ -33,19 +33,22 @@ class Evaluation:
         self.recording: Recording | None = None
         self.inputs = self.targets = self.closure = None
         self._base: Tensor | None = None
+        self.recorded_before = False  # whether the step before needed its recording
 
     def fix(self, inputs, targets, seed: int, closure: Callable | None = None) -> tuple:
         """Fix batch and seed; outputs and loss of a first pass, which leaves its traces in the model."""
         self.inputs, self.targets, self.seed, self.closure = inputs, targets, seed, closure
-        self.recording, self.draws = None, True
+        self.recording, drew, self.draws = None, self.draws, True
         training = {module: module.training for module in self.modules.values()}
         self.before = self.after = Snapshot(self.modules.values())
         versions = [(t, t._version) for t in tensors_in((inputs, targets)) if not t.is_inference()]
         with self.unharmed():
-            outputs, self._base = self.once()
+            outputs, self._base = self._first_pass(drew)
             drawn = RandomState()
             seed_everything(seed)
             self.draws = drawn != RandomState()
+            if self.draws and not drew:
+                self.recording = None  # it lacks the states from which random numbers were drawn
             for module, mode in training.items():
                 module.training = mode
             self.after = Snapshot(self.modules.values())
@@ -60,6 +63,38 @@ class Evaluation:
             with self.unharmed():
                 self._base = self.loss()
         return self._base
+
+    def _first_pass(self, draws: bool) -> tuple:
+        """Outputs and loss, recorded at once where the step before needed a recording.
+
+        Where that fails, and fails again, but not without recording, then there is no recording.
+        """
+        if not self.recorded_before:
+            return self.once()
+        self.recorded_before = False
+        try:
+            return self._record(draws)
+        except Exception as error:
+            first = error
+        try:
+            self._record(draws)
+        except Exception:
+            return self.once()
+        raise first
+
+    def _record(self, draws: bool) -> tuple:
+        """Outputs and loss of a pass that is recorded, with its random numbers if it draws any."""
+        known = [self.inputs, self.targets, held_by(self.criterion)]
+        for module in self.modules.values():
+            known += [vars(module), module._parameters, module._buffers]
+        trained = {id(parameter) for parameter in self.parameters.values()}
+        layers = [module for module in self.modules.values() if is_affine(module, trained)]
+        recording = Recording(layers, tensors_in(known), draws, self.limit / 2)
+        parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+        recording.held = list(map(span, parameters))
+        answer = self.once(recording)
+        self.recording = recording
+        return answer
 
     def once(self, recording: Recording | None = None) -> tuple:
         """One pass and the criterion: outputs and loss."""
@@ -108,19 +143,12 @@ class Evaluation:
             Unsuitable: the pass cannot be recorded.
         """
         if self.recording is None:
-            known = [self.inputs, self.targets, held_by(self.criterion)]
-            for module in self.modules.values():
-                known += [vars(module), module._parameters, module._buffers]
-            trained = {id(parameter) for parameter in self.parameters.values()}
-            layers = [module for module in self.modules.values() if is_affine(module, trained)]
-            recording = Recording(layers, tensors_in(known), self.draws, self.limit / 2)
-            parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
-            recording.held = list(map(span, parameters))
             with self.unharmed():
-                self._base = self.once(recording)[1]
-            self.recording = recording
+                self._base = self._record(self.draws)[1]
+        assert self.recording is not None
         if self.recording.broken:
             raise Unsuitable(self.recording.broken)
+        self.recorded_before = True
         return self.recording
 
     def room(self) -> float:
@@ -138,8 +166,9 @@ class Evaluation:
 
     def owns_parameters(self) -> bool:
         """Whether the perturbed parameters are the model's own, by these names."""
-        own = dict(self.model.named_parameters()) if isinstance(self.model, nn.Module) else {}
-        return all(own.get(name) is parameter for name, parameter in self.parameters.items())
+        own = [(self.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.parameters]
+        held = (getattr(module, name, None) for module, name in own)
+        return all(mine is parameter for mine, parameter in zip(held, self.parameters.values(), strict=True))
 
     def compiled(self) -> bool:
         """Whether some of the modules run as compiled code."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 SMALL = 2**16  # numbers; a larger tensor is known to have changed by its version alone
 LONG = 1000  # items; a longer container is known to have changed by its length alone
-MISSING = object()
 
 
 class Snapshot:
@@ -33,15 +32,15 @@ class Snapshot:
             if isinstance(module, torch.jit.ScriptModule):  # its attributes are out of Python's reach
                 continue
             for content in (vars(module), module._buffers, module._parameters, module._modules):
-                self.held.append((content, dict(content)))
+                self.held.append((content, dict(content), _ids(content.values())))
             for key, value in vars(module).items():
                 if key not in ("_parameters", "_modules") and "_hooks" not in key:
                     self._look_into(value)
 
     def restore(self) -> None:
         """Put everything back that is not as it was."""
-        for content, saved in self.held:
-            if len(content) != len(saved) or any(content.get(key, MISSING) is not saved[key] for key in saved):
+        for content, saved, ids in self.held:
+            if _ids(content.values()) != ids:
                 content.clear()
                 content.update(saved)
         for put_back in self.insides:
@@ -82,6 +81,10 @@ class Snapshot:
         self.insides.append(put_back)
 
 
+def _ids(values: Iterable) -> list[int]:
+    return list(map(id, values))
+
+
 def _memory(tensor: Tensor) -> int:
     """Where the memory of a tensor lies; a number of its own for one that has none to be seen."""
     try:
@@ -92,18 +95,12 @@ def _memory(tensor: Tensor) -> int:
 
 def _refill(value) -> Callable[[], None]:
     """What gives a container the items that it has now."""
-    saved = value.copy()
+    saved, keyed = value.copy(), isinstance(value, dict)
+    ids = _ids(saved.values() if keyed else saved) if len(saved) <= LONG else []
 
     def put_back():
-        if len(saved) > LONG:
-            same = len(value) == len(saved)
-        elif isinstance(value, set):
-            same = value == saved
-        elif isinstance(value, dict):
-            same = list(value) == list(saved) and all(value[key] is saved[key] for key in saved)
-        else:
-            same = len(value) == len(saved) and all(a is b for a, b in zip(value, saved, strict=True))
-        if not same:
+        changed = len(value) != len(saved)
+        if changed or (ids and _ids(value.values() if keyed else value) != ids):
             value.clear()
             value.extend(saved) if isinstance(value, list | deque) else value.update(saved)
 

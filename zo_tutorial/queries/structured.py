@@ -72,7 +72,7 @@ class Structured:
         Raises:
             Unsuitable: it is no layer of a known form, or something else reads the parameter too.
         """
-        recording, owner = self.evaluation.recorded(), layer_of(self.evaluation.model, name)
+        recording, owner = self.evaluation.recorded(), layer_of(self.evaluation.modules, name)
         layer, here = self.evaluation.modules[owner], span(self.evaluation.parameters[name])
         if layer not in recording.layers:
             raise Unsuitable("no form is known for the layer")
