@@ -234,7 +234,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         else:
             grad = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             grad.view(-1)[index] = values.to(grad)
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
     def _share_with_rule(self) -> None:
         self.rule.param_groups, self.rule.state = self.param_groups, self.state
