@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.queries.batched import Batched
-from zo_tutorial.queries.cost import cheaper
+from zo_tutorial.queries.cost import MARGIN
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.loop import Loop
 from zo_tutorial.queries.recording import tensors_in
@@ -116,10 +116,11 @@ class Choice:
             try:
                 if self.known.get(key):
                     raise Unsuitable(self.known[key])
-                way, new, answer = self.ways[name], key not in self.known, None
+                way, new = self.ways[name], key not in self.known
+                answer: Any = None
                 self._permit(index)
                 if new and self.mode == "auto" and kind != "descend":
-                    self._attempt(lambda way: self._weigh(way.seconds(kind, index, asked)), way)
+                    self._attempt(lambda way: self._weigh(way, kind, index, asked), way)
                 if new or then is None:
                     answer = self._attempt(ask, way)
                 if new and check(way, answer):
@@ -146,9 +147,9 @@ class Choice:
             return ("structured",)  # copies for each single step cost more than the loop
         return {"loop": (), "batched": ("batched",)}.get(self.mode, ("structured", "batched"))
 
-    def _weigh(self, seconds: float) -> None:
-        """Raise Unsuitable where a query of so many seconds is not clearly cheaper than one of the loop."""
-        if not cheaper(self.evaluation.recorded(), seconds):
+    def _weigh(self, way: Way, kind: str, index: dict[str, Index], asked: int) -> None:
+        """Raise Unsuitable where a query is not clearly cheaper than one of the loop."""
+        if not way.seconds(kind, index, asked) < MARGIN * self.loop.seconds(kind, index, asked):
             raise Unsuitable(NOT_ASKED)
 
     def _permit(self, index: dict[str, Index]) -> None:

@@ -28,10 +28,12 @@ class Evaluation:
 
     def __init__(self, model: Callable, criterion: Callable, parameters: dict[str, Tensor], limit: float):
         self.model, self.criterion, self.parameters, self.limit = model, criterion, parameters, limit
-        self.modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        self.modules: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
         self.draws = True  # whether a pass draws random numbers: the first one shows it
         self.recording: Recording | None = None
-        self.inputs = self.targets = self.closure = None
+        self.inputs: Any = None
+        self.targets: Any = None
+        self.closure: Callable | None = None
         self._base: Tensor | None = None
 
     def fix(self, inputs, targets, seed: int, closure: Callable | None = None) -> tuple:
@@ -108,7 +110,7 @@ class Evaluation:
             Unsuitable: the pass cannot be recorded.
         """
         if self.recording is None:
-            known = [self.inputs, self.targets, held_by(self.criterion)]
+            known: list[Any] = [self.inputs, self.targets, held_by(self.criterion)]
             for module in self.modules.values():
                 known += [vars(module), module._parameters, module._buffers]
             trained = {id(parameter) for parameter in self.parameters.values()}

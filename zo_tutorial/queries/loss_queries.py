@@ -258,7 +258,7 @@ class LossQueries:
 
     def _layer(self, name: str) -> str:
         """The name of the layer of a parameter, or of the parameter where there is none."""
-        return (self.evaluation.modules and layer_of(self.evaluation.model, name)) or name
+        return (self.evaluation.modules and layer_of(self.evaluation.modules[""], name)) or name
 
 
 @contextmanager
