@@ -134,6 +134,7 @@ def test_auto_without_data_warns_in_one_line(elsewhere, capsys, monkeypatch):
         ([*FC, "--seed", "-1"], "FO.yml: training.seed: should be greater than or equal to 0, not -1"),
         ([*FC, "--resume"], "--out FILE.json"),
         ([*FC, "--out", "record.txt"], "record.txt: the record should be a file whose name ends in .json"),
+        ([*FC, "--out", ""], "the record should be a file whose name ends in .json"),
         ([*FC, "--out", "nowhere/record.json"], "nowhere/record.json: the folder nowhere does not exist"),
         ([*QUICK, "--device", "gpu7"], "device 'gpu7' cannot be used"),
         ([*QUICK, "--set", "optimizer.opt_layers_strs=nn.Conv2d"], "FO.yml: optimizer: opt_layers_strs: the model has"),

@@ -56,6 +56,18 @@ class Branches(nn.Module):
         return self.head(torch.cat([h[:, :2], h[:, 2:] * self.constant[2:]], 1).relu())
 
 
+class ByKeyword(nn.Module):
+    """Layers that get their input by its name."""
+
+    def __init__(self, activation=torch.tanh):
+        super().__init__()
+        self.first, self.between = nn.Linear(6, 6), TensorizedLinear_module(6, 6, shape=[[2, 3], [3, 2]], max_rank=2)
+        self.norm, self.last, self.activation = nn.BatchNorm1d(6), nn.Linear(6, 3), activation
+
+    def forward(self, x):
+        return self.last(input=self.norm(input=self.between(x=self.activation(self.first(x)))))
+
+
 def of_tokens(outputs, targets):
     whole, token = outputs
     return F.cross_entropy(whole, targets) + token.flatten(0, 1).square().mean()
@@ -152,6 +164,16 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
     # one product serves both sides of a first dense layer; for three directions "auto" may find the loop as quick
     if isinstance(first, nn.Linear) and mode != "auto":
         assert ways == {("coordinates", expected), ("directions", expected)}
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, lambda z: z.softmax(1)])
+def test_layers_behind_may_be_called_by_keyword(activation, batch):
+    torch.manual_seed(0)
+    queries, loop = pair(ByKeyword(activation).double(), "structured")
+    close(queries.start(*batch, 0)[1], loop.start(*batch, 0)[1])
+    question = "first.weight", torch.arange(36), [0.1, -0.1]
+    close(queries.coordinates(*question), loop.coordinates(*question))
+    assert queries.ways()["coordinates", "first.weight"] == ("structured", {})
 
 
 @pytest.mark.parametrize("mode", ["batched", "structured"])

@@ -38,7 +38,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stopped:  # argparse has printed help, or a usage line and the error
-        return stopped.code
+        return int(stopped.code or 0)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -112,16 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", allow_abbrev=False, help="draw the learning curves of records on a query axis")
     plot.set_defaults(command=_plot)
     plot.add_argument("records", nargs="+", metavar="RECORD.json", help="records of mnist, or of encoder")
-    path = {"type": os.path.expanduser}
-    plot.add_argument("--out", required=True, **path, metavar="FILE.png", help="the picture; written anew")
+    path = os.path.expanduser
+    plot.add_argument("--out", required=True, type=path, metavar="FILE.png", help="the picture; written anew")
     timing = commands.add_parser("bench", allow_abbrev=False, help="time the steps of all methods in all query modes")
     timing.set_defaults(command=_bench)
-    timing.add_argument("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
+    add = timing.add_argument
+    add("--quick", action="store_true", help="fewer rounds, more steps scaled from a sample: a minute")
     others = "models of other kinds (resnet18, …) instead, all weights trained: is `auto` ever slower than the loop?"
-    timing.add_argument("--others", action="store_true", help=others)
-    timing.add_argument("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
-    timing.add_argument("--out", **path, metavar="FILE.json", help="write the rows there; written anew if it is there")
-    timing.add_argument("--plot", **path, metavar="FILE.png", help="a bar chart; written anew if it is there")
+    add("--others", action="store_true", help=others)
+    add("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
+    add("--out", type=path, metavar="FILE.json", help="write the rows there; written anew if it is there")
+    add("--plot", type=path, metavar="FILE.png", help="a bar chart; written anew if it is there")
     return parser
 
 

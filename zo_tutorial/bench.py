@@ -12,6 +12,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,13 @@ from tqdm import tqdm
 from zo_tutorial.data import mnist
 from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
+from zo_tutorial.optimizer.base import ZerothOrderOptimizer
 from zo_tutorial.pruning import apply_masks, grasp
 from zo_tutorial.selection import chosen_positions, kept_positions, select_parameters
 
 BATCH = 128
 COORDINATES = dict(grad_sparsity=0.0, lr=1e-3, h_smooth=1e-3, STP=True)
-METHODS = {
-    "FO": None,
+METHODS: dict[str, tuple[Callable[..., ZerothOrderOptimizer], dict[str, Any]]] = {
     "SGD": (ZO_SGD_mask, dict(lr=1e-3, sigma=1e-3, n_sample=20)),
     "esti": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="esti")),
     "batch": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="batch")),
@@ -52,7 +53,8 @@ class Step:
     def __init__(self, model, masks, method: str, mode: str, batch: tuple, share: float = 1.0, everything=False):
         self.model, self.method, self.mode, self.batch = model, method, mode, batch
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}
-        self.seconds, self.queries, self.share, self.optimizer = [], 1, share, None
+        self.seconds, self.queries, self.share = list[float](), 1, share
+        self.optimizer: ZerothOrderOptimizer | None = None
         if method == "FO":
             self.run = _first_order_step(model, batch)
             return
@@ -67,9 +69,9 @@ class Step:
         if share < 1:
             masks = _thinned(model, masks, share, generator, chosen)
         options = options | {"parameters": chosen, "generator": generator, "query_mode": mode}
-        self.optimizer = cls(model, F.cross_entropy, masks, **options)
-        self.coordinates = sum(map(len, self.optimizer.index.values()))
-        self.run = lambda: self.optimizer.step(*batch)
+        made = self.optimizer = cls(model, F.cross_entropy, masks, **options)
+        self.coordinates = sum(map(len, made.index.values()))
+        self.run = lambda: made.step(*batch)
 
     def time(self) -> float:
         """Run one step; return and note its seconds."""
@@ -152,7 +154,7 @@ def bench(
     bar = tqdm(total=len(models) * (1 + rounds), unit="round", desc=device, leave=False, delay=1)
     for name, (model, masks, batch) in models.items():
         trained = sum(map(len, _kept(model, masks, list(model.parameters()) if others else None).values()))
-        kinds = [("FO", "loop")] + [(method, mode) for method in METHODS if method != "FO" for mode in MODES]
+        kinds = [("FO", "loop")] + [(method, mode) for method in METHODS for mode in MODES]
         if others:
             kinds = [("FO", "loop")] + [(method, mode) for method in ("SGD", "esti") for mode in ("loop", "auto")]
         kinds += [(method, peer) for peer in peers if masks is None for method in PEERS[peer]]
@@ -294,7 +296,7 @@ def table(rows: list[dict]) -> str:
 def plot(rows: list[dict], figure) -> None:
     """A bar chart of first-order steps a step, one panel for each device and model, drawn on a matplotlib Figure."""
     panels = list(dict.fromkeys((row["device"], row["model"]) for row in rows))
-    methods = [method for method in METHODS if method != "FO"]
+    methods = list(METHODS)
     modes = [mode for mode in (*MODES, "auto", *PEERS) if any(row["mode"] == mode for row in rows)]
     width = 0.8 / len(modes)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

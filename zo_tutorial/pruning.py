@@ -10,6 +10,7 @@ of these N weights are removed. Where a mask keeps nothing of a parameter, a war
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from zo_tutorial.estimators import finite_difference
 from zo_tutorial.queries import LossQueries, call
 from zo_tutorial.randomness import seeded
 from zo_tutorial.selection import names_within, select_parameters
-from zo_tutorial.substitution import slots_of, substituted
+from zo_tutorial.substitution import Slot, slots_of, substituted
 from zo_tutorial.temperature import divided
 
 
@@ -61,7 +62,7 @@ def grasp_scores(
     with _loss_at_weights(model, criterion, inputs, targets, temperature, seed) as (theta, loss):
         g = _slopes(loss, theta, create_graph=True)
         # Hg is the gradient of gᵀc with c, a copy of g, held constant.
-        product = sum((gradient * gradient.detach()).sum() for gradient in g)
+        product: Any = sum((gradient * gradient.detach()).sum() for gradient in g)
         hg = _second_slopes(product, theta)
     return _finite({name: -weight.detach() * h for (name, weight), h in zip(theta.items(), hg, strict=True)})
 
@@ -114,7 +115,7 @@ def grasp_scores_from_losses(
         """The loss where θ stands, and {name: (len(shifts), size)} with one coordinate shifted at a time."""
         _, here = queries.start(inputs, targets, seed=seed)
         every = {name: torch.arange(w.numel(), device=w.device) for name, w in theta.items()}
-        return here, {name: queries.coordinates(name, index, shifts) for name, index in every.items()}
+        return here, {name: queries.coordinates(name, index, list(shifts)) for name, index in every.items()}
 
     base, sides = losses(h, -h)  # 1 + 2d
     g = {name: finite_difference(plus, minus, 2 * h) for name, (plus, minus) in sides.items()}
@@ -200,7 +201,7 @@ def table(masks: dict[str, Tensor]) -> str:
     return "\n".join(lines)
 
 
-def _prunable(model: nn.Module, modules: list[str] | None = None) -> dict[str, nn.Parameter]:
+def _prunable(model: nn.Module, modules: list[str] | None = None) -> dict[str, Tensor]:
     trained = select_parameters(model).trained
     inside = trained if modules is None else names_within(model, modules)
     weights = {name: p for name, p in trained.items() if name in inside and name.rpartition(".")[2] != "bias"}
@@ -226,8 +227,9 @@ def _loss_at_weights(
     no second derivatives, so attention is written out.
     """
     theta = {name: weight.detach().clone().requires_grad_() for name, weight in _prunable(model).items()}
+    pairs: list[tuple[list[Slot], Tensor | None]]
     pairs = [(slots_of(model, p), theta.get(name, p.detach())) for name, p in model.named_parameters()]
-    copies = {None: None} | {buffer: buffer.clone() for buffer in model.buffers()}
+    copies: dict[Tensor | None, Tensor | None] = {None: None} | {buffer: buffer.clone() for buffer in model.buffers()}
     for module in model.modules():
         pairs += [([(module._buffers, key)], copies[buffer]) for key, buffer in module._buffers.items()]
     modes = [(module, module.training) for module in model.modules()]
@@ -249,8 +251,9 @@ def _slopes(value: Tensor, theta: dict[str, Tensor], create_graph: bool = False)
     """The derivatives of a number by each weight, 0 by those that have no effect on it."""
     if not value.requires_grad:
         return [torch.zeros_like(weight) for weight in theta.values()]
-    options = {"allow_unused": True, "materialize_grads": True}
-    return list(torch.autograd.grad(value, theta.values(), create_graph=create_graph, **options))
+    weights = list(theta.values())
+    slopes = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return list(slopes)
 
 
 def _second_slopes(value: Tensor, theta: dict[str, Tensor]) -> list[Tensor]:

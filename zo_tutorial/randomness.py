@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ class RandomState:
     def __init__(self):
         self.torch = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.numpy = np.random.get_state()
+        self.numpy: Any = np.random.get_state()
         self.python = random.getstate()
 
     def __eq__(self, other):

@@ -105,7 +105,7 @@ def _by_choice(model: Callable, parameters: Parameters) -> tuple[dict, dict, lis
         frozen = {name: "requires_grad is False" for name in wanted if not known[name].requires_grad}
         groups = [{"params": [name for name in wanted if name not in frozen]}]
     else:
-        listed = list(parameters.values()) if isinstance(parameters, dict) else list(parameters)
+        listed: list[Any] = list(parameters.values() if isinstance(parameters, dict) else parameters)
         grouped = all(isinstance(entry, dict) for entry in listed) and listed
         groups, frozen = [dict(group) for group in listed] if grouped else [{"params": listed}], {}
         for group in groups:
@@ -170,11 +170,11 @@ def kept_positions(
             raise ValueError(f"masks: {name!r} is of {mask.dtype}, not torch.bool")
     index: dict[str, Tensor | range] = {}
     for name, parameter in trained.items():
-        mask = (masks or {}).get(name)
-        if mask is None or mask.all():
+        own = (masks or {}).get(name)
+        if own is None or own.all():
             index[name] = range(parameter.numel())
         else:
-            index[name] = mask.to(parameter.device).flatten().nonzero().flatten()  # (kept,)
+            index[name] = own.to(parameter.device).flatten().nonzero().flatten()  # (kept,)
     if not any(map(len, index.values())):
         raise ValueError("masks: no weight is kept, so there is nothing to train")
     ignored = [name for name, mask in (masks or {}).items() if name not in trained and mask.any()]

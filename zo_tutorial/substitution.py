@@ -26,7 +26,7 @@ def slots_of(model: nn.Module, parameter: Tensor) -> list[Slot]:
 
 
 @contextmanager
-def substituted(pairs: Iterable[tuple[list[Slot], Tensor]]) -> Iterator[None]:
+def substituted(pairs: Iterable[tuple[list[Slot], Tensor | None]]) -> Iterator[None]:
     """Within it, the slots of each pair hold its tensor; afterwards what they held before, whatever is raised."""
     held = []
     try:

@@ -28,7 +28,7 @@ def divided(outputs: Any, temperature: float) -> Any:
         if logits is not None:
             return _with_logits(value, divide(logits))
         if isinstance(value, Mapping):
-            changed = copy.copy(value)
+            changed: Any = copy.copy(value)
             for key, part in value.items():
                 changed[key] = divide(part)
             return changed
@@ -54,9 +54,9 @@ def _logits(value: Any) -> Any:
 
 def _with_logits(value: Any, logits: Any) -> Any:
     """A copy with other logits."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, logits=logits)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and hasattr(value, "_replace"):
         return value._replace(logits=logits)
     changed = copy.copy(value)
     if isinstance(value, Mapping):

@@ -10,10 +10,11 @@ import itertools
 import json
 import numbers
 import traceback
+from typing import Any
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; its yellow is too pale on white and left out.
 # Each method has a line style and a marker of its own as well, so that a figure also reads in grey.
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "FO": {"label": "first-order", "color": "#000000", "linestyle": "--", "marker": "None"},
     "SGD": {"label": "ZO-SGD", "color": "#0072B2", "linestyle": "-", "marker": "o"},
     "SCD": {"label": "SCD sign", "color": "#E69F00", "linestyle": "-.", "marker": "s"},
@@ -40,7 +41,7 @@ MAX_FRAMES = 60  # of one `explore`: at about 20 kB a frame, 1.2 MB in the page
 
 def _style():
     """The rcParams of the book: 696 pixels wide, type that still reads at half that width, on white in any theme."""
-    from matplotlib import cycler
+    from matplotlib.rcsetup import cycler
 
     looks = [look for method, look in METHODS.items() if method != "FO"]
     return {

@@ -21,7 +21,7 @@ import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,16 +95,15 @@ def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int 
     """
     if source not in ("auto", "full", "embedded"):
         raise DataError(f"data source {source!r} is unknown; allowed: auto, full, embedded")
-    if source == "auto":
+    files = None
+    if source != "embedded":
         try:
-            source = "full" if find(root) or download(root) else "embedded"
+            files = find(root) or download(root)
         except DownloadError as error:
+            if source == "full":
+                raise
             warnings.warn(f"using synthetic sentences instead of ATIS, since {error}", stacklevel=2)
-            source = "embedded"
-    elif source == "full" and not find(root):
-        download(root)
-    if source == "full":
-        files = find(root)
+    if files:
         return _atis("full", [_read(files, part) for part in ("train", "dev", "test")])
     return _atis("synthetic", _synthetic(seed))
 
@@ -153,12 +152,10 @@ def download(root: str | os.PathLike | None = None) -> dict[str, Path]:
         for name, content in contents.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / f"{name}.part").write_bytes(content)
-        for name in contents:
-            (target / f"{name}.part").replace(target / name)
+        return {name: (target / f"{name}.part").replace(target / name) for name in contents}
     except Exception as error:  # a download can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DownloadError(f"no ATIS in {folder(root)} and the download failed: {reason}") from error
-    return find(root)
 
 
 def _read(files: dict[str, Path], part: str) -> list[Sentence]:
@@ -203,13 +200,14 @@ def _normalised(words: list[str]) -> list[str]:
 
 def _atis(source: str, parts: list[list[Sentence]]) -> ATIS:
     """Number words, tags and intents by the first part, and encode all three."""
-    names = [{word for words, _, _ in parts[0] for word in words}]
-    names += [{tag for _, tags, _ in parts[0] for tag in tags}, {intent for _, _, intent in parts[0]}]
+    found = [{word for words, _, _ in parts[0] for word in words}]
+    found += [{tag for _, tags, _ in parts[0] for tag in tags}, {intent for _, _, intent in parts[0]}]
     special = [(PAD, UNKNOWN, SENTENCE), (UNK,), (UNK,)]
-    names = [(*first, *sorted(found)) for first, found in zip(special, names, strict=True)]
+    names = [(*first, *sorted(others)) for first, others in zip(special, found, strict=True)]
     ids = [{name: index for index, name in enumerate(each)} for each in names]
     length = 1 + max(len(words) for words, _, _ in parts[0])
-    return ATIS(source, *(_encode(part, length, *ids) for part in parts), *names)
+    train, validation, test = (_encode(part, length, *ids) for part in parts)
+    return ATIS(source, train, validation, test, *names)
 
 
 def _encode(part: list[Sentence], length: int, words: dict, tags: dict, intents: dict) -> Split:
@@ -261,7 +259,7 @@ KIND = "(@flight_stop|@flight_mod|@cost_relative|@round_trip|@class_type|@airlin
 STOP = "with a (stop|stopover) in @stoploc.city_name"
 HOW = f"(on @airline_name|{STOP}|(that serve|with) @meal|that cost less than @fare_amount|||)"
 WHEN = f"{ROUTE} {DAY} {TIME}"
-GRAMMAR = {  # intent: its share in per cent, then its patterns
+GRAMMAR: dict[str, tuple[Any, ...]] = {  # intent: its share in per cent, then its patterns
     "flight": (
         66,
         f"{ASK} (all the|the|) {KIND} flights {WHEN} {HOW}",
@@ -299,7 +297,7 @@ def _synthetic(seed: int) -> list[list[Sentence]]:
     """The three parts. No two sentences have the same words, so no test sentence is known from training."""
     rng = random.Random(seed)  # its random() is the same in every version of Python
     intents = [intent for intent, (share, *_) in GRAMMAR.items() for _ in range(share)]  # 100 of them
-    sentences = {}
+    sentences: dict[str, Sentence] = {}
     while len(sentences) < sum(SYNTHETIC_SIZES):
         intent = _pick(rng, intents)
         words = None
@@ -314,7 +312,7 @@ def _question(rng: random.Random, pattern: str) -> tuple[list[str], list[str]]:
     """One sentence of a pattern: its words, normalised, and their tags."""
     while "(" in pattern:  # innermost groups first
         pattern = re.sub(r"\(([^()]*)\)", lambda group: _pick(rng, group[1].split("|")), pattern)
-    words, tags, used = [], [], set()
+    words, tags, used = list[str](), list[str](), set[str]()
     for item in pattern.split():
         if not item.startswith("@"):
             words, tags = words + [item], tags + ["O"]

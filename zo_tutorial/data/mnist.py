@@ -70,18 +70,16 @@ def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int 
     """
     if source not in ("auto", "full", "embedded"):
         raise DataError(f"data source {source!r} is unknown; allowed: auto, full, embedded")
-    if source == "auto":
+    files = None
+    if source != "embedded":
         try:
-            source = "full" if find(root) or download(root) else "embedded"
+            files = find(root) or download(root)
         except DownloadError as error:
+            if source == "full":
+                raise
             warnings.warn(f"using the 5,000 embedded MNIST images, since {error}", stacklevel=2)
-            source = "embedded"
-    elif source == "full" and not find(root):
-        download(root)
     generator = torch.Generator().manual_seed(seed)
-    if source == "full":
-        return _full(find(root), generator)
-    return _embedded(generator)
+    return _full(files, generator) if files else _embedded(generator)
 
 
 def class_balanced(split: Split, per_class: int, generator: torch.Generator) -> Split:
@@ -130,20 +128,20 @@ def download(root: str | os.PathLike | None = None) -> dict[str, Path]:
             from torchvision import datasets  # slow, and broken beside a torch that it does not match
 
             datasets.MNIST(staging, download=True)
-            files = find(staging)
-            for name, path in files.items():
-                _read(path, FILES[name])
+            staged, files = find(staging) or {}, {}
+            for name, kind in FILES.items():
+                _read(staged[name], kind)
             (target / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
-            for name, path in files.items():
+            for name, path in staged.items():
                 moved = target / "MNIST" / "raw" / f"{name}.part"
                 moved.write_bytes(path.read_bytes())
-                moved.replace(moved.with_suffix(""))
+                files[name] = moved.replace(moved.with_suffix(""))
     except Exception as error:  # a download, and the import of torchvision, can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DownloadError(f"no MNIST in {target} and the download failed: {reason}") from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return find(root)
+    return files
 
 
 def _full(files: dict[str, Path], generator: torch.Generator) -> MNIST:

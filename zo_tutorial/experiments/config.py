@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.schema import Config, Group
@@ -69,24 +70,26 @@ def _quick(config: Config) -> dict:
     examples = EMBEDDED_TRAINING["sentences" if config.model.name == "Encoder" else "images"]
     epoch = -(-examples // config.training.batch_size)  # steps
     values = {"data.source": "embedded", "training.epochs": min(2, config.training.epochs)}
-    method = config.optimizer.SCD if config.optimizer.name == "mix" else config.optimizer
+    group = config.optimizer
+    method = group.SCD if group.name == "mix" else group
     if method.name == "SCD":
         kind = "encoder" if config.model.name == "Encoder" else method.grad_estimator
         steps, skipped = QUICK_SCD[kind]
-    match config.optimizer.name:
+        sparsity = max(skipped, method.grad_sparsity)
+    match group.name:
         case "FO" | "SGD":
             values["training.max_steps"] = 2 * epoch
         case "SCD":
             values["training.max_steps"] = steps
-            values["optimizer.grad_sparsity"] = max(skipped, method.grad_sparsity)
+            values["optimizer.grad_sparsity"] = sparsity
         case "mix":
             values["training.max_steps"] = epoch + steps
             values["optimizer.switch_epoch"] = 2
-            values["optimizer.SCD.grad_sparsity"] = max(skipped, method.grad_sparsity)
+            values["optimizer.SCD.grad_sparsity"] = sparsity
         case "split":
             values["training.batch_size"] = size = min(16, config.training.batch_size)
             values["training.max_steps"] = -(-examples // size)
-            for name, part in (("heads", config.optimizer.heads), ("body", config.optimizer.body)):
+            for name, part in (("heads", group.heads), ("body", group.body)):
                 values[f"optimizer.{name}.method.lr"] = 2 * part.method.lr
                 if part.method.name == "SCD" and part.method.grad_sparsity > 0:
                     values[f"optimizer.{name}.method.grad_sparsity"] = max(QUICK_SPLIT, part.method.grad_sparsity)
@@ -149,10 +152,10 @@ def _check(values: dict, file: Path) -> Config:
     return config
 
 
-def explain(error: dict) -> str:
+def explain(error: ErrorDetails) -> str:
     """One error of pydantic as "key: what is wrong and what is allowed"."""
     where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
-    group = Config.model_fields.get(where[0]) if len(where) > 1 else None
+    group = Config.model_fields.get(str(where[0])) if len(where) > 1 else None
     if group and group.discriminator:
         del where[1]  # the name by which pydantic chose among several groups
     if "method" in where[:-1]:

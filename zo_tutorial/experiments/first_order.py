@@ -38,8 +38,7 @@ class FirstOrder(ZerothOrderOptimizer):
         generator: torch.Generator,
     ):
         self.criterion = criterion
-        sgd = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
-        rule = torch_rule(None, adam, (beta_1, beta_2), eps, **sgd)
+        rule = torch_rule(None, adam, (beta_1, beta_2), eps, momentum, weight_decay, dampening)
         super().__init__(model, criterion, masks, opt_layers_strs, None, rule, lr, generator, "loop")
 
     def _estimate_from(self, inputs, targets, closure) -> tuple:

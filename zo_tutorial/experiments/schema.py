@@ -6,12 +6,13 @@ it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `model` those of th
 
 import hashlib
 import json
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 from zo_tutorial.directions import DIRECTIONS
 from zo_tutorial.models import TTM_LAYERS
@@ -41,17 +42,27 @@ def _keys(group: type[BaseModel]) -> str:
     return ", ".join(group.model_fields)
 
 
+class In:
+    """A name out of some, as Literal has it, though they are listed elsewhere."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = list(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.literal_schema(self.names)
+
+
 # Limits that several groups share.
 LearningRate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]  # [0, 1)
 LayerTypes = Annotated[
-    list[Literal[tuple(LAYER_TYPES)]],
+    list[Annotated[str, In(LAYER_TYPES)]],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(description="layer types that are trained, one name or a list of names; none named: all of these"),
 ]
 Positive = Annotated[float, Field(gt=0)]
 Number = Annotated[float, Field(ge=0)]
-QueryMode = Annotated[Literal[QUERY_MODES], Field(description="how losses are evaluated; auto: the fastest valid way")]
+QueryMode = Annotated[str, In(QUERY_MODES), Field(description="how losses are evaluated; auto: the fastest valid way")]
 
 
 class FC(Group):
@@ -73,7 +84,7 @@ class TTM(Group):
     out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
     max_rank: int = Field(4, ge=1, description="bound for the ranks of both layers")
     bias: bool = Field(False, description="whether both layers have a bias")
-    layer: Literal[tuple(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
+    layer: Annotated[str, In(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
 
 
 class TT(Group):
@@ -171,7 +182,7 @@ class SGD(Group):
     layer_by_layer: bool = Field(False, description="perturb one layer at a time, with n_sample directions each")
     opt_layers_strs: LayerTypes = []
     two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
-    directions: Literal[DIRECTIONS] = Field("gaussian", description="distribution of the directions")
+    directions: Annotated[str, In(DIRECTIONS)] = Field("gaussian", description="distribution of the directions")
     adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
     beta_1: Share = Field(0.9, description="of torch.optim.Adam")
     beta_2: Share = Field(0.98, description="of torch.optim.Adam")
@@ -186,7 +197,7 @@ class SCD(Group):
     lr: LearningRate = Field(0.1, description="learning rate; sign and batch probe at this distance too")
     grad_sparsity: float = Field(0.1, ge=0, le=1, description="probability that a coordinate is skipped in a step")
     h_smooth: float = Field(0.001, gt=0, description="finite-difference step of esti")
-    grad_estimator: Literal[GRAD_ESTIMATORS] = Field("sign", description="what is asked for each coordinate")
+    grad_estimator: Annotated[str, In(GRAD_ESTIMATORS)] = Field("sign", description="what is asked for each coordinate")
     opt_layers_strs: LayerTypes = []
     STP: bool = Field(True, description="stochastic three points in sign and batch, two-sided differences in esti")
     momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD; not for sign")
@@ -292,7 +303,7 @@ class Config(Group):
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 from collections.abc import Sequence
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from zo_tutorial.experiments.schema import Config, Group
 from zo_tutorial.experiments.train import run
 
 TABLES = Path(__file__).parent.parent / "tables"
+_done: Synchronized  # epochs done by all processes of a table; of one that `_start` began
 SET_BY_QUICK = ("data.source", "training.epochs", "training.max_steps", "optimizer.grad_sparsity")
 RECORDED = Path(__file__).parents[2] / "book" / "results"  # of a source tree; an installed package has none
 BAR = "{desc} |{bar:16}| epoch {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
@@ -123,11 +125,11 @@ def reproduce(
     """
     out = Path(os.path.expanduser(out))
     out.mkdir(parents=True, exist_ok=True)
-    records = [_finished(one, out) for one in runs]
-    waiting = [k for k, record in enumerate(records) if record is None]
+    records: dict[int, dict | str] = {k: record for k, one in enumerate(runs) if (record := _finished(one, out))}
+    waiting = [k for k in range(len(runs)) if k not in records]
     epochs = sum(runs[k].config.training.epochs for k in waiting)
     with tqdm(total=epochs, desc=f"{len(runs)} runs", bar_format=BAR, disable=None) as bar:
-        jobs = min(jobs or os.cpu_count(), max(1, len(waiting)))
+        jobs = min(jobs or os.cpu_count() or 1, max(1, len(waiting)))
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch that do not run
         done = context.Value("q", 0)  # epochs
         for model, source in {(runs[k].config.model.name, runs[k].config.data.source) for k in waiting}:
@@ -145,7 +147,7 @@ def reproduce(
                 except multiprocessing.TimeoutError:
                     pass
                 bar.update(done.value - bar.n)
-    return records
+    return [records[k] for k in range(len(runs))]
 
 
 def comparison(runs: Sequence[Run], records: Sequence[dict | str], recorded: Path | None = None) -> str:
@@ -229,17 +231,17 @@ def _work(task: tuple) -> tuple[int, dict | str]:
     path, epochs = out / one.file, one.config.training.epochs
     seen = 0
 
-    def count(to: int) -> None:
+    def count(point: dict) -> None:
         nonlocal seen
         with _done.get_lock():
-            _done.value += to - seen
-        seen = to
+            _done.value += point["epoch"] - seen
+        seen = point["epoch"]
 
     try:
-        options = {"resume": True, "quiet": True, "on_epoch": lambda point: count(point["epoch"])}
-        record = run(one.config, root=root, device=device, out=path, **options)
+        record = run(one.config, root=root, device=device, out=path, resume=True, quiet=True, on_epoch=count)
         checkpoint_path(path).unlink(missing_ok=True)  # a table keeps records only
+        return k, record
     except (ExperimentError, DataError, OSError, FloatingPointError) as error:
-        record = str(error)
-    count(epochs)
-    return k, record
+        return k, str(error)
+    finally:
+        count({"epoch": epochs})

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from zo_tutorial import models
 from zo_tutorial.data import atis, mnist
+from zo_tutorial.experiments import schema
 from zo_tutorial.experiments.metrics import joint_metrics
 from zo_tutorial.experiments.schema import Config
 from zo_tutorial.models import Encoder
@@ -80,20 +81,22 @@ class Sentences:
 
     def model(self, generator: Generator) -> Encoder:
         group = self.config.model
+        assert isinstance(group, schema.Encoder)
         tensorised = {"name", "tensor_type", "max_rank", "factors", "word_factors", "embedding_rank"}
         options = group.model_dump(exclude=tensorised)
+        if tensor_type := group.tensor_type:
 
-        def linear(n: int, m: int) -> nn.Module:
-            shape = [group.factors_of(n), group.factors_of(m)]
-            return TensorizedLinear_module(n, m, True, shape, group.tensor_type, group.max_rank, generator=generator)
+            def linear(n: int, m: int) -> nn.Module:
+                shape = [group.factors_of(n), group.factors_of(m)]
+                return TensorizedLinear_module(n, m, True, shape, tensor_type, group.max_rank, generator=generator)
 
-        def embedding(words: int, width: int) -> nn.Module:
-            shape = [group.word_factors, group.factors_of(width, len(group.word_factors))]
-            return TensorizedEmbedding_module(words, width, shape, group.embedding_rank, generator=generator)
-
-        if group.tensor_type:
             options["linear"] = linear
-        if group.word_factors:
+        if word_factors := group.word_factors:
+
+            def embedding(words: int, width: int) -> nn.Module:
+                shape = [word_factors, group.factors_of(width, len(word_factors))]
+                return TensorizedEmbedding_module(words, width, shape, group.embedding_rank, generator=generator)
+
             options["embedding"] = embedding
         sizes = len(self.data.words), len(self.data.intents), len(self.data.tags)
         return Encoder(*sizes, **options, positions=self.train.tokens.shape[1], generator=generator)

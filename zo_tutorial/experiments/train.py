@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint,
 from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
-from zo_tutorial.experiments.schema import Config
+from zo_tutorial.experiments.schema import FO, SCD, SGD, Config
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
@@ -59,28 +59,31 @@ def run(
         FloatingPointError: the loss became NaN or infinite.
     """
     say = (lambda line: None) if quiet else tqdm.write
-    out = out and Path(os.path.expanduser(out))
-    finished = _check_files(config, out, resume)
+    file = None if out is None else Path(os.path.expanduser(out))
+    finished = _check_files(config, file, resume)
     if finished:
-        say(f"{out}: finished already")
+        say(f"{file}: finished already")
         return finished
-    device = _device(device)
-    task = task_of(config, root, device)
+    place = _device(device)
+    task = task_of(config, root, place)
     sizes = {part: len(getattr(task, part)[0]) for part in ("train", "validation", "test")}
     say(f"data: {task.name}; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
-    identity = config.flat() | {"data found": task.source, "device": str(device)}
-    saved = load_checkpoint(checkpoint_path(out), identity) if resume and checkpoint_path(out).exists() else None
+    identity = config.flat() | {"data found": task.source, "device": str(place)}
+    checkpoint = file and checkpoint_path(file)
+    saved = load_checkpoint(checkpoint, identity) if resume and checkpoint and checkpoint.exists() else None
 
     with _blame(config, "model"):
-        model = task.model(_generator(config, "weights")).to(device)
+        model = task.model(_generator(config, "weights")).to(place)
     if saved:
-        masks = saved["masks"] and {name: mask.to(device) for name, mask in saved["masks"].items()}
+        masks = saved["masks"] and {name: mask.to(place) for name, mask in saved["masks"].items()}
     else:
         masks = _prune(config, model, task)
     epoch_steps = -(-sizes["train"] // config.training.batch_size)
-    steps = min(config.training.epochs * epoch_steps, config.training.max_steps or float("inf"))
+    steps = config.training.epochs * epoch_steps
+    steps = min(steps, config.training.max_steps or steps)
     phases = _phases(config, model, task.loss, masks, epoch_steps, steps)
-    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "examples": 0, "curve": [], "best": {"score": -1.0}}
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "examples": 0, "curve": []}
+    progress["best"] = {"score": -1.0}
     if saved:
         progress = saved["progress"]
         model.load_state_dict(saved["model"])
@@ -90,10 +93,10 @@ def run(
         say(f"going on after step {progress['step']:,} of {steps:,}")
 
     def save():
-        if out:
+        if checkpoint:
             states = [{"optimizer": p.optimizer.state_dict(), "scheduler": p.scheduler.state_dict()} for p in phases]
             state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
-            save_checkpoint(checkpoint_path(out), state | {"progress": progress})
+            save_checkpoint(checkpoint, state | {"progress": progress})
 
     _train(config, task, model, phases, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch)
     model.load_state_dict(progress["best"]["model"])
@@ -113,11 +116,11 @@ def run(
         **results,
         "curve": progress["curve"],
         "versions": versions(),
-        "machine": machine(device),
+        "machine": machine(place),
         "commit": commit(),
     }
-    if out:
-        save_record(out, record)
+    if file:
+        save_record(file, record)
     say(
         f"{config.name}: {task.outcome(results)} (epoch {record['best_epoch']}), "
         f"{record['trained_parameters']:,} trained parameters, {record['queries']:,} queries, {record['seconds']:.1f} s"
@@ -125,7 +128,7 @@ def run(
     return record
 
 
-def _measure(task: Task, model: nn.Module, part: NamedTuple) -> dict[str, float]:
+def _measure(task: Task, model: nn.Module, part: Any) -> dict[str, float]:
     """The metrics of the model, in evaluation mode, on a part of the data."""
     training = model.training
     model.eval()
@@ -172,8 +175,8 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
         batches = task.batches(config.training.batch_size, _generator(config, f"shuffle {epoch}"))[: steps - before]
         done = progress["step"] - before
         active = [phase for phase in phases if before in phase.steps]
-        look = {"desc": f"epoch {epoch}/{epochs}", "bar_format": BAR, "leave": False, "disable": quiet or None}
-        with tqdm(total=len(batches), initial=done, **look) as bar:
+        title, off = f"epoch {epoch}/{epochs}", quiet or None
+        with tqdm(total=len(batches), initial=done, desc=title, bar_format=BAR, leave=False, disable=off) as bar:
             for batch in batches[done:]:
                 started = time.perf_counter()
                 inputs, targets = task.batch(task.train, batch.to(task.train[0].device))
@@ -247,11 +250,12 @@ def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | 
         elif group.method == "random":
             masks = pruning.random(model, ratio, generator, modules)
         else:
-            batch, seed = task.sample(group.per_class, generator), _generator(config, "pruning dropout").initial_seed()
+            inputs, targets = task.sample(group.per_class, generator)
+            seed = _generator(config, "pruning dropout").initial_seed()
             if group.method == "snip":
-                masks = pruning.snip(model, task.loss, *batch, ratio, modules, seed=seed)
+                masks = pruning.snip(model, task.loss, inputs, targets, ratio, modules, seed=seed)
             else:
-                masks = pruning.grasp(model, task.loss, *batch, ratio, group.temperature, modules, seed=seed)
+                masks = pruning.grasp(model, task.loss, inputs, targets, ratio, group.temperature, modules, seed=seed)
         if group.shuffle:
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)
@@ -263,6 +267,7 @@ def _phases(
 ) -> list[_Phase]:
     """The optimiser and its scheduler; for mix and split two pairs, each scheduler over its own steps."""
     group, whole = config.optimizer, range(steps)
+    parts: list[tuple[str, FO | SGD | SCD, dict | None, range]]
     if group.name == "mix":
         switch = min(steps, (group.switch_epoch - 1) * epoch_steps)
         parts = [("SGD", group.SGD, masks, range(switch)), ("SCD", group.SCD, masks, range(switch, steps))]

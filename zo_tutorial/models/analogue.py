@@ -98,6 +98,10 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
         generator: where the errors are drawn from; None is torch's global generator.
     """
 
+    offsets: Tensor
+    slopes: Tensor
+    errors: Tensor
+
     def __init__(
         self,
         layer: TensorizedLinear_module_tonn,
@@ -121,7 +125,7 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
             gains.append(signs_u[: len(s)] * s * signs_v[: len(s)])
         self.sizes = [tuple(matrix.shape) for matrix in layer.cores]
         self.phases, self.gains = (nn.Parameter(torch.cat(parts)) for parts in (phases, gains))
-        if bias:
+        if self.bias is not None and layer.bias is not None:
             self.bias.data.copy_(layer.bias)
         spreads = {"offsets": (offset, self.phases), "slopes": (gain, self.phases), "errors": (gain, self.gains)}
         for name, (spread, like) in spreads.items():

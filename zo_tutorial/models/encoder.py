@@ -82,13 +82,14 @@ class Encoder(nn.Module):
         self.words = (embedding or table)(words, d_model)
         self.positions = table(positions, d_model, position_scale)
         self.segments = table(segments, d_model, position_scale)
-        self.focus = focus and tuple(map(tuple, focus))
+        self.focus = focus and tuple((offset, slope) for offset, slope in focus)
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, heads, d_hidden, dropout, linear) for _ in range(layers))
+        blocks = [Block(d_model, heads, d_hidden, dropout, linear) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.intent = nn.Sequential(linear(d_model, d_model), nn.Tanh(), dense(d_model, intents))
         self.slots = nn.Sequential(linear(d_model, d_model), nn.GELU(), nn.LayerNorm(d_model), dense(d_model, slots))
-        for block in self.blocks:
+        for block in blocks:
             _scale(block.output, branch_scale)
             _scale(block.down, branch_scale)
 

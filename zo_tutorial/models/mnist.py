@@ -73,10 +73,10 @@ class MNIST_TTM(_TwoLayers):
     ):
         if layer not in TTM_LAYERS:
             raise ValueError(f"layer: {layer!r} is unknown; choose from {', '.join(TTM_LAYERS)}")
-        hidden, options = prod(whole_numbers(hidden_factors)), {"max_rank": max_rank, "generator": generator}
+        hidden, make = prod(whole_numbers(hidden_factors)), TTM_LAYERS[layer]
         super().__init__(
-            TTM_LAYERS[layer](PIXELS, hidden, bias, [in_factors, hidden_factors], **options),
-            TTM_LAYERS[layer](hidden, CLASSES, bias, [hidden_factors, out_factors], **options),
+            make(PIXELS, hidden, bias, [in_factors, hidden_factors], max_rank=max_rank, generator=generator),
+            make(hidden, CLASSES, bias, [hidden_factors, out_factors], max_rank=max_rank, generator=generator),
         )
 
 

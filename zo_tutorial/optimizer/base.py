@@ -47,7 +47,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         memory: float = 512,
     ):
         selected, self.left_out, groups = select_parameters(model, opt_layers_strs, parameters)
-        known = dict(model.named_parameters()) if isinstance(model, nn.Module) else selected
+        known: dict[str, Tensor] = dict(model.named_parameters()) if isinstance(model, nn.Module) else selected
         index = kept_positions(selected, masks, known)
         self.left_out |= {name: "its mask keeps nothing" for name, kept in index.items() if not len(kept)}
         self.model = model
@@ -57,14 +57,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.generator = generator
         self.loss_queries = LossQueries(model, criterion, self.trained, query_mode, memory)
-        self.rule: torch.optim.Optimizer | None = None  # so that `add_param_group` knows that this is the beginning
         for group in groups:
             group["params"] = [self.trained[name] for name in group["params"] if name in self.trained]
         made = rule(groups, lr=lr)
         if isinstance(made, torch.optim.LBFGS):
             raise ValueError("rule: LBFGS asks for losses itself, and needs exact gradients")
         super().__init__(made.param_groups, made.defaults)
-        self.rule = made
+        self.rule = made  # from now on `add_param_group` adds to what is trained
         self._share_with_rule()
 
     @property
@@ -85,7 +84,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         parameter = self.trained[name]
         return next(float(g["lr"]) for g in self.param_groups if any(p is parameter for p in g["params"]))
 
-    def step(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
+    def step(  # type: ignore[override]  # a batch comes first here, not a closure
+        self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None
+    ) -> Any:
         """One update, from the queries that the class docstring counts.
 
         Args:
@@ -200,7 +201,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """What a state must fit: the class, and the coordinates of each parameter."""
         identity = {"class": type(self).__name__, "rule": type(self.rule).__name__}
         for name, kept in self.index.items():
-            which = "all" if isinstance(kept, range) else f"{len(kept)}, sum {crc32(kept.cpu().numpy()):08x}"
+            which = "all" if isinstance(kept, range) else f"{len(kept)}, sum {crc32(kept.cpu().numpy().tobytes()):08x}"
             identity[f"trained {name}"] = f"{which} of {self.trained[name].numel()}"
         return identity
 
@@ -240,21 +241,28 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.rule.param_groups, self.rule.state = self.param_groups, self.state
 
 
-def torch_rule(rule: Rule | None, adam: bool, betas: tuple[float, float], eps: float, **sgd: float) -> Rule:
-    """The update rule: the one given, else torch.optim.Adam, or torch.optim.SGD with the options `sgd`.
+def torch_rule(
+    rule: Rule | None,
+    adam: bool,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float = 0,
+    weight_decay: float = 0,
+    dampening: float = 0,
+) -> Rule:
+    """The update rule: the one given, else torch.optim.Adam, or torch.optim.SGD.
 
     Raises ValueError for options that do not go together.
     """
     if rule is not None:
-        if adam or any(sgd.values()):
+        if adam or momentum or weight_decay or dampening:
             raise ValueError("rule brings options of its own: leave adam, momentum, dampening and weight_decay alone")
         return rule
     if not adam:
-        return lambda parameters, lr: torch.optim.SGD(parameters, lr, **sgd)
-    if sgd.get("momentum") or sgd.get("dampening"):
+        return lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum, dampening, weight_decay)
+    if momentum or dampening:
         raise ValueError("adam has moments of its own: leave momentum and dampening at 0")
-    decay = sgd.get("weight_decay", 0)
-    return lambda parameters, lr: torch.optim.Adam(parameters, lr, betas=betas, eps=eps, weight_decay=decay)
+    return lambda parameters, lr: torch.optim.Adam(parameters, lr, betas, eps, weight_decay)
 
 
 def whole_number(name: str, value: Any) -> int:

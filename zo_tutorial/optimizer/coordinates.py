@@ -89,14 +89,14 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
             )
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
         self.grad_estimator, self.STP = grad_estimator, STP
-
-        sgd = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
-        made = torch_rule(rule, adam, (beta_1, beta_2), eps, **sgd)
+        made = torch_rule(rule, adam, (beta_1, beta_2), eps, momentum, weight_decay, dampening)
         super().__init__(
             model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory
         )
 
-    def step(self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None) -> Any:
+    def step(  # type: ignore[override]  # as in the parent class
+        self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None
+    ) -> Any:
         """One update; the class docstring counts its queries. See `ZerothOrderOptimizer.step`."""
         if self.grad_estimator != "sign":
             return super().step(inputs, targets, closure=closure)

@@ -63,7 +63,7 @@ class Batched:
     def _losses(self, points: dict[str, Tensor]) -> Tensor:
         """(P,) losses from P copies of each perturbed parameter: `{name: (P, *shape)}`."""
         evaluation = self.evaluation
-        slots = {name: slots_of(evaluation.model, evaluation.parameters[name]) for name in points}
+        slots = {name: slots_of(evaluation.modules[""], evaluation.parameters[name]) for name in points}
 
         def loss(points):
             with substituted((slots[name], point) for name, point in points.items()):

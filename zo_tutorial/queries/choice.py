@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.queries.batched import Batched
-from zo_tutorial.queries.cost import cheaper
+from zo_tutorial.queries.cost import MARGIN
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.loop import Loop
 from zo_tutorial.queries.recording import tensors_in
@@ -116,7 +116,8 @@ class Choice:
             try:
                 if self.known.get(key):
                     raise Unsuitable(self.known[key])
-                way, new, answer = self.ways[name], key not in self.known, None
+                way, new = self.ways[name], key not in self.known
+                answer: Any = None
                 self._permit(index)
                 if self.mode == "auto" and kind != "descend" and not self._pays(key, way, kind, index, asked):
                     reasons[name] = NOT_ASKED
@@ -151,7 +152,7 @@ class Choice:
         """Whether a way promises to be clearly cheaper than the loop for about so many points."""
 
         def weigh(way: Way) -> bool:
-            return cheaper(self.evaluation.recorded(), way.seconds(kind, index, asked))
+            return way.seconds(kind, index, asked) < MARGIN * self.loop.seconds(kind, index, asked)
 
         key = f"{key} {asked.bit_length()}"
         if key not in self.known:

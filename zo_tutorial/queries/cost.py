@@ -28,9 +28,9 @@ PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scale
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-def cheaper(recording: Recording, seconds: float) -> bool:
-    """Whether so many seconds a query are clearly fewer than those of the loop."""
-    return seconds < MARGIN * sum(_seconds(call, CALL, together=False) for call in recording.calls)
+def looped(recording: Recording) -> float:
+    """Seconds a query of the loop."""
+    return sum(_seconds(call, CALL, together=False) for call in recording.calls)
 
 
 def vmapped(
@@ -61,9 +61,9 @@ def vmapped(
     return total
 
 
-def product(call: Call, kept: int) -> float:
-    """Seconds for what a direction with so many weights adds to the output of a dense layer."""
-    return max(multiply_adds(call) * kept / call.layer.weight.numel() / RATE, bytes_of(call.results) / MEMORY)
+def product(layer: nn.Linear, call: Call, kept: int) -> float:
+    """Seconds for what a direction with so many weights adds to the output of a dense layer in its call."""
+    return max(multiply_adds(call) * kept / layer.weight.numel() / RATE, bytes_of(call.results) / MEMORY)
 
 
 def _seconds(call: Call, overhead: float, together: bool) -> float:
@@ -88,7 +88,7 @@ def multiply_adds(call: Call) -> int:
     if isinstance(call.layer, nn.Linear):
         return results * call.layer.in_features
     if _is_convolution(call):
-        weight = call.layer.weight if call.layer else call.tensors[1]
+        weight = call.layer.weight if isinstance(call.layer, nn.Conv1d | nn.Conv2d) else call.tensors[1]
         return results * prod(weight.shape[1:])
     name = getattr(call.function, "__name__", "")
     if name in PRODUCTS:

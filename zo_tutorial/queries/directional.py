@@ -66,15 +66,15 @@ class Directional:
     def seconds(self, asked: int) -> float:
         """An estimate of what a query takes."""
         weights = {layer: positions for (layer, name), positions in self.index.items() if name != "bias"}
-        first = sum(product(call, len(weights.get(layer, ()))) for layer, call in self.dense.items())
+        first = sum(product(layer, call, len(weights.get(layer, ()))) for layer, call in self.dense.items())
         copied = [layer.get_parameter(name) for layer, name in self.index if layer not in self.dense]
         return first + vmapped(self.recording, asked, copied, self.calls)
 
     def _losses(self, directions: Tensor, scales: list[float]) -> Tensor:
-        outputs: dict[nn.Module, Tensor] = {}
+        outputs: dict[nn.Linear, Tensor] = {}
         parameters: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         for ((layer, name), positions), u in zip(self.index.items(), pieces_of(self.index, directions), strict=True):
-            if layer in self.dense:
+            if isinstance(layer, nn.Linear) and layer in self.dense:
                 u = u.to(layer.weight)
                 z = _linear_change(layer, name, positions, u, self.dense[layer].args[0])  # (n, out, R) or (n, out, 1)
                 outputs[layer] = outputs[layer] + z if layer in outputs else z
@@ -111,8 +111,8 @@ def _linear_change(layer: nn.Linear, name: str, positions: Index, u: Tensor, x: 
         return change.unsqueeze(2)
     x = units_first(layer, x)  # (in, R)
     rows, columns = layer.weight.shape
-    few = not isinstance(positions, range) and len(positions) < SPARSE * layer.weight.numel()
-    if few and (positions.diff() > 0).all():
+    few = len(positions) < SPARSE * layer.weight.numel()
+    if few and not isinstance(positions, range) and (positions.diff() > 0).all():
         # All U below each other, (n out, in), in compressed rows.
         ends = (positions // columns).bincount(minlength=rows).cumsum(0)
         ends = ends + len(positions) * torch.arange(len(u), device=u.device).unsqueeze(1)

@@ -28,10 +28,12 @@ class Evaluation:
 
     def __init__(self, model: Callable, criterion: Callable, parameters: dict[str, Tensor], limit: float):
         self.model, self.criterion, self.parameters, self.limit = model, criterion, parameters, limit
-        self.modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        self.modules: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
         self.draws = True  # whether a pass draws random numbers: the first one shows it
         self.recording: Recording | None = None
-        self.inputs = self.targets = self.closure = None
+        self.inputs: Any = None
+        self.targets: Any = None
+        self.closure: Callable | None = None
         self._base: Tensor | None = None
         self.recorded_before = False  # whether the step before needed its recording
 

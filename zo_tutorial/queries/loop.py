@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.queries.cost import looped
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.way import Index, add_at
 
@@ -64,6 +65,9 @@ class Loop:
                     running = loss
                     break
         return running
+
+    def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
+        return looped(self.evaluation.recorded())
 
 
 def _entry(parameter: Tensor, position: int) -> Tensor:

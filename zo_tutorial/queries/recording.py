@@ -23,6 +23,7 @@ from zo_tutorial.substitution import slots_of, substituted
 from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
 
 TENSOR_LAYERS = (TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn)
+TensorLayer = TensorizedLinear | TensorizedLinear_module | TensorizedLinear_module_tonn
 # Calls that return no tensor and yet say nothing about values.
 FACTS = {"dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__"}
 ARGUMENTS = {function: list(signature(function).parameters) for function in (F.dropout, F.batch_norm)}
@@ -58,7 +59,7 @@ class Call:
         now = map(version, self.tensors)
         self.changed = {id(t) for t, a, b in zip(self.tensors, self.versions, now, strict=True) if a != b}
         self.result_versions = list(map(version, self.results))
-        self.draws = self.random_state is not None and not all(map(torch.equal, self.random_state, random_state))
+        self.draws = not all(map(torch.equal, self.random_state or (), random_state or ()))
         self.bytes += bytes_of(self.results)
         if self.function is F.dropout and self._drops():
             if self.random_state is not None:
@@ -87,17 +88,17 @@ class Call:
     def again(self, values: dict[int, Tensor], parameters: dict | None) -> Any:
         """The call once more, with the tensors of `values` in the place of the recorded ones."""
         args, kwargs = _replace(self.args, values), _replace(self.kwargs, values)
-        if parameters and self.layer in parameters:
+        if parameters and self.layer is not None and self.layer in parameters:
             pairs = [(slots_of(self.layer, old), new) for old, new in parameters[self.layer]]
             with substituted(pairs):
                 return self.function(*args, **kwargs)
         if isinstance(self.layer, nn.modules.batchnorm._BatchNorm):
-            return _batch_norm(self.layer, *args)
+            return _batch_norm(self.layer, *args, **kwargs)
         if isinstance(self.layer, TENSOR_LAYERS):
             # for many inputs: the matrix is formed once, and one long product is quicker than several short ones
             if self.matrix is None:
                 self.matrix = self.layer.to_matrix()
-            return F.linear(*args, self.matrix, self.layer.bias)
+            return F.linear(args[0] if args else kwargs["x"], self.matrix, self.layer.bias)
         if self.function is F.dropout:
             return self.with_input(values[id(self.named()["input"])])
         if self.function is F.batch_norm and self.named()["training"]:
@@ -275,11 +276,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
+def _batch_norm(layer: nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
     """A batch normalisation that leaves its running averages alone."""
     training = layer.training or layer.running_mean is None
-    averages = (None, None) if training else (layer.running_mean, layer.running_var)
-    return F.batch_norm(x, *averages, layer.weight, layer.bias, training, 0.0, layer.eps)
+    mean, var = (None, None) if training else (layer.running_mean, layer.running_var)
+    return F.batch_norm(input, mean, var, layer.weight, layer.bias, training, 0.0, layer.eps)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

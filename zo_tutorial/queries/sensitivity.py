@@ -16,6 +16,7 @@ with L and R the products of the cores before and after the k-th. Chapter 9 deri
 Shapes: a feature or channel is a unit; z is held as (units, R), where R runs over the batch and all else.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.queries.recording import TENSOR_LAYERS
+from zo_tutorial.queries.recording import TENSOR_LAYERS, TensorLayer
 from zo_tutorial.queries.way import Unsuitable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -129,7 +130,7 @@ class Rows:
         return (self.tokens == rows[:, None]).to(self.dtype).unsqueeze(1)
 
 
-def _normal(layer: nn.Module, x: Tensor) -> Tensor:
+def _normal(layer: nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
     """The input of a norm as it is before gain and shift: (units, R)."""
     if isinstance(layer, nn.LayerNorm):
         normal = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
@@ -139,12 +140,12 @@ def _normal(layer: nn.Module, x: Tensor) -> Tensor:
         normal = F.group_norm(x, layer.num_groups, None, None, layer.eps)
     else:
         training = layer.training or layer.running_mean is None
-        averages = (None, None) if training else (layer.running_mean, layer.running_var)
-        normal = F.batch_norm(x, *averages, None, None, training, 0.0, layer.eps)
+        mean, var = (None, None) if training else (layer.running_mean, layer.running_var)
+        normal = F.batch_norm(x, mean, var, None, None, training, 0.0, layer.eps)
     return units_first(layer, normal).contiguous()
 
 
-def _patches(layer: nn.Module, x: Tensor, limit: float) -> Tensor:
+def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor, limit: float) -> Tensor:
     """What each weight of a convolution's kernel sees at every place: (Q, R)."""
     if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
         raise Unsuitable("the patches need too much memory")
@@ -230,23 +231,23 @@ def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, pr
     Raises:
         Unsuitable: they do not suffice.
     """
-    if isinstance(layer, TENSOR_LAYERS) and name != "bias":
+    if products is not None and name != "bias":
         return Core(name, products, x, z, limit)
     if isinstance(layer, nn.Embedding):
         return Rows(x, z)
     return Units(layer, name, x, z, limit)
 
 
-def _as_ttm(layer: nn.Module) -> list[tuple[int, int, int, int]]:
+def _as_ttm(layer: TensorLayer) -> Sequence[tuple[int, ...]]:
     """The shapes (r, m, n, s) of the cores; a core of TT is one of TTM with n = 1 or m = 1."""
     p = len(layer.in_factors)
     if layer.tensor_type == "TensorTrainMatrix":
-        return list(layer.core_shapes)
+        return layer.core_shapes
     inputs = [(r, 1, n, s) for r, n, s in layer.core_shapes[:p]]
     return inputs + [(r, m, 1, s) for r, m, s in layer.core_shapes[p:]]
 
 
-def products(layer: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def products(layer: TensorLayer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The cores (r, m, n, s) of a tensor layer, and for each one the products of those before it and after it."""
     cores = [core.reshape(shape) for core, shape in zip(layer.tensor_cores(), _as_ttm(layer), strict=True)]
     one = torch.ones(1, 1, 1, 1, dtype=cores[0].dtype, device=cores[0].device)
@@ -261,7 +262,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return whole.flatten(3, 4).flatten(1, 2)
 
 
-def matrix(layer: nn.Module) -> Tensor:
+def matrix(layer: nn.Linear | TensorLayer) -> Tensor:
     """The weight (out, in) of a dense or tensor layer."""
     return layer.to_matrix() if isinstance(layer, TENSOR_LAYERS) else layer.weight
 

@@ -25,7 +25,7 @@ class Snapshot:
         modules = list(modules)
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         self.parameters = {_memory(parameter) for parameter in parameters}
-        self.insides: list[Callable[[], None]] = []
+        self.insides: list[Callable[[], object]] = []
         self.seen: set[int] = set()
         self.held = []
         for module in modules:

@@ -125,12 +125,12 @@ class Probe:
         # slice by slice, and within each in the order in which the sensitivities lie
         i, at = positions // self.response.run % self.response.factors[1], self.response.at(positions)
         order = (i * (at.max() + 1) + at).argsort()
-        at, steps, start, parts = at[order].tolist(), steps[:, order], 0, []
+        places, steps, start, parts = at[order].tolist(), steps[:, order], 0, []
         for one, count in zip(*(t.tolist() for t in i[order].unique_consecutive(return_counts=True)), strict=True):
             part = Slice(self, one)
             for begin in range(start, start + count, size):
                 these = slice(begin, min(begin + size, start + count))
-                parts.append(part.look(self.response.sensitivities(at[these]), steps[:, these]))
+                parts.append(part.look(self.response.sensitivities(places[these]), steps[:, these]))
             start += count
         changes = torch.empty_like(steps)
         changes[:, order] = torch.cat(parts, 1)
@@ -138,6 +138,7 @@ class Probe:
 
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""
+        assert self.head is not None and self.series is not None and isinstance(self.response, Units)
         unit = positions // self.response.run
         # D = φ(z + s J) − φ(z)
         sensitivity = self.response.columns[self.response.at(positions)]  # (K, R)
@@ -219,12 +220,14 @@ class Walk:
         self.steps = torch.stack([(value + shift) - value, (value - shift) - value], 1)  # (K, 2), after rounding
         runs, counts = (positions // probe.response.run).unique_consecutive(return_counts=True)
         self.parts, self.ends = (runs % probe.response.factors[1]).tolist(), counts.cumsum(0).tolist()
-        self.begin, self.stop, self.part = 0, 0, None
-        probe.z, probe.a, probe.o = (t if t is None else t.clone() for t in (probe.z, probe.a, probe.o))
+        probe.z, probe.a, probe.o = probe.z.clone(), probe.a.clone(), probe.o.clone()
+        self.base = 0.0  # the loss where the slice stands
+        self._enter(0)
 
     def look(self, start: int, count: int) -> list[tuple[float, float]]:
         """The changes of the loss under both steps of up to `count` coordinates from the start-th on, at least one."""
         if start >= self.stop:
+            self.part.leave()
             self._enter(start)
         if self.probe.head is None:
             count = 1
@@ -247,8 +250,6 @@ class Walk:
 
     def _enter(self, start: int) -> None:
         """Go on to the coordinates of one slice that begin at `start`, as many as fit into the memory."""
-        if self.part is not None:
-            self.part.leave()
         if start == self.ends[0]:
             del self.ends[0], self.parts[0]
         self.begin, self.stop = start, min(self.ends[0], start + self.probe.points)

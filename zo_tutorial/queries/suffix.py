@@ -7,8 +7,9 @@ Two forms are cheaper than running all calls of the suffix (chapter 9):
 - Softmax cross-entropy of o follows: it is evaluated in `cross_entropy`, with the batch as the long dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.queries.cross_entropy import RESHAPE, Series, cross_entropy_of
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, bytes_of, version
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of, version
 from zo_tutorial.queries.sensitivity import has_units_last, matrix, products, slice_of, units_back, units_first
 from zo_tutorial.queries.way import Unsuitable
 
@@ -25,6 +26,7 @@ ELEMENTWISE = RELU | {
     torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
     F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
 }  # fmt: skip
+HeadLayer = nn.Linear | nn.Conv2d | TensorLayer
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
 
 
@@ -48,6 +50,7 @@ class Suffix:
         """(K,) losses for K outputs z (K, units, R)."""
         if self.cross_entropy is not None:
             return self.cross_entropy.losses(z)
+        assert self.call.layer is not None
         return self.replayed(units_back(self.call.layer, z, self.call.results[0].shape))
 
     def replayed(self, z: Tensor) -> Tensor:
@@ -70,7 +73,8 @@ class Head:
     """
 
     def __init__(self, recording: Recording, call: Call):
-        self.activation, self.bias = None, None
+        self.activation: Call | None = None
+        self.bias: Tensor | None = None
         suffix = Suffix(recording, call)
         if suffix.cross_entropy is not None:
             self.suffix = suffix
@@ -83,25 +87,25 @@ class Head:
         self.weight, self.bias = matrix(head), head.bias  # (C, units), (C,)
         self.transposed = self.weight.T.contiguous()
 
-    def _follow(self, recording: Recording, call: Call, suffix: Suffix, between: set = frozenset()) -> nn.Module:
+    def _follow(self, recording: Recording, call: Call, suffix: Suffix, between: Collection = ()) -> HeadLayer:
         """Find activation and suffix; return the linear layer. Calls of `between` may stand in front of it."""
         if len(suffix.calls) < 2:
             raise Unsuitable
-        self.activation, *calls = suffix.calls
-        z, a = call.results[0], self.activation.results[0]
+        activation, *calls = suffix.calls
+        z, a = call.results[0], activation.results[0]
         passed, enters = [z, a], a
         while calls and calls[0].function in between and calls[0].args[0] is enters:
             enters = calls.pop(0).results[0]
             passed.append(enters)
-        elementwise = self.activation.function in ELEMENTWISE and [id(t) for t in self.activation.tensors] == [id(z)]
+        elementwise = activation.function in ELEMENTWISE and [id(t) for t in activation.tensors] == [id(z)]
         elsewhere = {id(tensor) for c in calls[1:] for tensor in c.tensors} | {id(recording.loss)}
-        linear = calls and isinstance(calls[0].layer, (nn.Linear, nn.Conv2d, *TENSOR_LAYERS))
-        if not elementwise or not linear or elsewhere & set(map(id, passed)):
+        layer = calls[0].layer if calls else None
+        if not isinstance(layer, (nn.Linear, nn.Conv2d, *TENSOR_LAYERS)) or not elementwise:
             raise Unsuitable
-        if calls[0].args[0] is not enters:
+        if elsewhere & set(map(id, passed)) or not calls[0].args or calls[0].args[0] is not enters:
             raise Unsuitable
-        self.suffix, self.z = Suffix(recording, recording.call_of(calls[0].layer)), id(z)
-        return calls[0].layer
+        self.activation, self.suffix, self.z = activation, Suffix(recording, recording.call_of(layer)), id(z)
+        return layer
 
     def activate(self, z: Tensor) -> Tensor:
         """φ(z); it may overwrite z."""
@@ -142,7 +146,8 @@ class ConvolutionHead(Head):
         if self.suffix.cross_entropy is not None and self.suffix.cross_entropy.rows is not None:
             raise Unsuitable
         _, channels, *self.size = call.results[0].shape
-        self.weight, self.bias, self.options = None, layer.bias, {}
+        self.bias = layer.bias
+        self.options: dict[str, Any] = {}
         if isinstance(layer, nn.Conv2d):
             same = recording.call_of(layer).args[0].shape == call.results[0].shape
             if not same or layer.groups > 1 or layer.padding_mode != "zeros":
@@ -212,7 +217,9 @@ class CachedLayer:
             z = layer(self.x)
         self.z = units_first(layer, z).contiguous()
         self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
-        self.a = self.o = self.head = self.series = None
+        self.head: Head | None = None
+        self.series: Series | None = None
+        self.a = self.o = self.z.new_empty(0)  # without a head there are none
         try:
             self.head = Head(recording, call) if has_units_last(layer, z) else ConvolutionHead(recording, call)
         except Unsuitable:
@@ -229,5 +236,5 @@ class CachedLayer:
         self.o = self.head.outputs(self.a)
         if self.suffix.cross_entropy is not None:
             self.o = self.suffix.cross_entropy.shifted(self.o)
-            if self.head.weight is not None:
+            if not isinstance(self.head, ConvolutionHead):
                 self.series = Series(self.suffix.cross_entropy, self.o, self.head.weight)

@@ -1,7 +1,7 @@
 """What every way of answering queries has in common."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class Way(Protocol):
         ...
 
 
-def pieces_of(index: dict[str, Index], u: Tensor) -> list[Tensor]:
+def pieces_of(index: dict[Any, Index], u: Tensor) -> list[Tensor]:
     """Directions (..., d) split among the parameters: (..., K) for each."""
     return list(u.split([len(positions) for positions in index.values()], dim=-1))
 

@@ -55,7 +55,7 @@ class TensorizedEmbedding_module(nn.Module):
         """Rows (..., width) of tokens (...). Raises IndexError for a token outside of 0 .. words - 1."""
         known = torch.arange(self.words, device=tokens.device)[:, None]
         index = F.embedding(tokens.flatten(), known)[:, 0]  # (B,), the tokens again: torch checks their range
-        digits = []
+        digits: list[Tensor] = []
         for n in reversed(self.word_factors):
             digits.insert(0, index % n)
             index = index // n

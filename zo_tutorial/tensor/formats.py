@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from math import prod
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,8 @@ def attainable_ranks(max_rank: int | Sequence[int], modes: Sequence[Mode]) -> li
     """
     sizes = [prod(mode) for mode in modes]
     try:
-        ranks = whole_numbers(max_rank if np.ndim(max_rank) else [1, *[max_rank] * (len(sizes) - 1), 1])
+        given: Any = max_rank if np.ndim(max_rank) else [1, *[max_rank] * (len(sizes) - 1), 1]
+        ranks = whole_numbers(given)
     except ValueError:
         ranks = []
     if len(ranks) != len(sizes) + 1 or min(ranks) < 1 or ranks[0] != 1 or ranks[-1] != 1:

@@ -6,6 +6,7 @@ weight of variance 2 / in_features (Kaiming) and a bias of zero, so that the var
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from zo_tutorial.tensor.formats import (
     ttm_in_turn_flops,
     whole_numbers,
 )
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class _TensorLayer(nn.Module):
@@ -93,7 +97,7 @@ class _TensorLayer(nn.Module):
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
-    def _take(self, linear: nn.Linear) -> "_TensorLayer":
+    def _take(self, linear: nn.Linear) -> "Self":
         """Take the weight of a dense layer, by TT-SVD, and its bias, device and dtype."""
         if linear.weight.shape != (self.out_features, self.in_features):
             raise ValueError(
@@ -104,7 +108,7 @@ class _TensorLayer(nn.Module):
         cores = self.format.svd(linear.weight.detach(), self.in_factors, self.out_factors, self.ranks)
         for mine, theirs in zip(self.cores, cores, strict=True):
             mine.copy_(theirs.reshape(mine.shape))
-        if linear.bias is not None:
+        if self.bias is not None:
             self.bias.copy_(linear.bias)
         return self
 
@@ -140,7 +144,7 @@ class TensorizedLinear(_TensorLayer):
         generator: Generator | None = None,
     ):
         factors = [whole_numbers(side) for side in (in_tensorized_features, out_tensorized_features)]
-        super().__init__(*map(prod, factors), factors, "TensorTrain", rank, bias, generator)
+        super().__init__(prod(factors[0]), prod(factors[1]), factors, "TensorTrain", rank, bias, generator)
 
     @classmethod
     def from_linear(
@@ -149,7 +153,7 @@ class TensorizedLinear(_TensorLayer):
         in_factors: Sequence[int],
         out_factors: Sequence[int],
         ranks: int | Sequence[int],
-    ) -> "TensorizedLinear":
+    ) -> "Self":
         """The TT layer nearest to a dense one that TT-SVD finds with these ranks; exact if they are high enough."""
         return cls(in_factors, out_factors, ranks, linear.bias is not None, generator=Generator())._take(linear)
 
@@ -194,7 +198,7 @@ class TensorizedLinear_module(_TensorLayer):
         out_factors: Sequence[int],
         ranks: int | Sequence[int],
         tensor_type: str = "TensorTrainMatrix",
-    ) -> "TensorizedLinear_module":
+    ) -> "Self":
         """The layer nearest to a dense one that TT-SVD finds with these ranks; exact if they are high enough."""
         sizes, shape = (linear.in_features, linear.out_features), [in_factors, out_factors]
         layer = cls(*sizes, linear.bias is not None, shape, tensor_type, ranks, generator=Generator())
@@ -212,7 +216,7 @@ class TensorizedLinear_module_tonn(TensorizedLinear_module):
     `forward` goes through W for all but a few rows.
     """
 
-    def _matrix_core_shapes(self) -> list[tuple[int, ...]]:
+    def _matrix_core_shapes(self) -> Sequence[tuple[int, ...]]:
         """(r_{k-1}, m_k, n_k, r_k) of each matrix."""
         if self.tensor_type == "TensorTrainMatrix":
             return self.core_shapes
