@@ -243,10 +243,10 @@ def _thinned(model, masks, share: float, generator: torch.Generator, chosen: lis
     """Masks that keep a random share of what `masks` keep."""
     index = _kept(model, masks, chosen)
     sizes = [len(positions) for positions in index.values()]
-    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
-    chosen[torch.randperm(len(chosen), generator=generator)[: max(1, round(share * len(chosen)))]] = True
+    sample = torch.zeros(sum(sizes), dtype=torch.bool)
+    sample[torch.randperm(len(sample), generator=generator)[: max(1, round(share * len(sample)))]] = True
     thinned = {}
-    for (name, positions), kept in zip(index.items(), chosen.split(sizes), strict=True):
+    for (name, positions), kept in zip(index.items(), sample.split(sizes), strict=True):
         thinned[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
         thinned[name].view(-1)[chosen_positions(positions, kept).cpu()] = True
     return thinned

@@ -48,6 +48,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     ):
         selected, self.left_out, groups = select_parameters(model, opt_layers_strs, parameters)
         known: dict[str, Tensor] = dict(model.named_parameters()) if isinstance(model, nn.Module) else selected
+        self.masks = masks
         index = kept_positions(selected, masks, known)
         self.left_out |= {name: "its mask keeps nothing" for name, kept in index.items() if not len(kept)}
         self.model = model
@@ -110,6 +111,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         outputs, loss = self._estimate_from(inputs, targets, closure)
         return loss if closure is not None else (outputs, loss)
 
+    def active(self) -> dict[str, Tensor | range]:
+        """The index of what is trained now: a parameter that was frozen since, as torch would, is passed over.
+
+        Raises RuntimeError where the model holds another tensor by now.
+        """
+        if not isinstance(self.model, nn.Module):
+            return self.index
+        held = dict(self.model.named_parameters())
+        for name, parameter in self.trained.items():
+            if held.get(name) is not parameter:
+                raise RuntimeError(f"{name!r} is another tensor than when the optimiser was made: make a new optimiser")
+        return {name: kept for name, kept in self.index.items() if self.trained[name].requires_grad}
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
@@ -139,11 +153,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         again = [name for name in names if name in self.trained]
         if again:
             raise ValueError(f"add_param_group: {', '.join(again)}: trained already")
-        parameters = dict(self.model.named_parameters())
-        super().add_param_group(param_group | {"params": [parameters[name] for name in names]})
-        for name in names:
-            self.left_out.pop(name, None)
-            self.trained[name], self.index[name] = parameters[name], range(parameters[name].numel())
+        known = dict(self.model.named_parameters())
+        added: dict[str, Tensor] = {name: known[name] for name in names}
+        masks = {name: mask for name, mask in (self.masks or {}).items() if name in added}
+        index = kept_positions(added, masks or None)
+        super().add_param_group(param_group | {"params": list(added.values())})
+        self.left_out = {name: reason for name, reason in self.left_out.items() if name not in added}
+        trained, index = self.trained | added, self.index | index
+        for name in known:  # in the order of the model; the dicts stay the same, for LossQueries has one of them
+            if name in trained:
+                self.trained.pop(name, None)
+                self.trained[name], self.index[name] = trained[name], index[name]
+        self.index = {name: self.index[name] for name in self.trained}
 
     def report(self) -> str:
         """What is trained, by which way its queries are answered, and why not by a faster one; what is left out."""
@@ -170,7 +191,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state. Raises ValueError, and changes nothing, where it is that of another optimiser."""
-        missing = {"identity", "generator", "queries", "steps", "known"} - state_dict.keys()
+        missing = {"identity", "generator", "queries", "steps", "known", "undecided", "record next"} - state_dict.keys()
         if missing:
             raise ValueError(f"the state is not one of {type(self).__name__}: it has no {', '.join(sorted(missing))}")
         theirs, mine = state_dict["identity"], self._identity()
@@ -178,9 +199,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             there, here = theirs.get(key), mine.get(key)
             if there != here:
                 raise ValueError(f"the state belongs to another optimiser: {key} is {there!r} there and {here!r} here")
+        numbers = state_dict["generator"].cpu()
+        torch.Generator(self.generator.device).set_state(numbers)  # raises, if at all, before anything is changed
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._share_with_rule()
-        self.generator.set_state(state_dict["generator"].cpu())
+        self.generator.set_state(numbers)
         self.loss_queries.load_state(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,10 +226,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for name, kept in self.index.items():
             which = "all" if isinstance(kept, range) else f"{len(kept)}, sum {crc32(kept.cpu().numpy().tobytes()):08x}"
             identity[f"trained {name}"] = f"{which} of {self.trained[name].numel()}"
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for k, group in enumerate(self.param_groups):
+            identity[f"group {k}"] = ", ".join(names[id(parameter)] for parameter in group["params"])
         return identity
 
     def _closure(self, inputs: Any, targets: Any, closure: Callable | None) -> Callable | None:
         """The closure, however it is given; None where a batch is."""
+        if closure is not None and (inputs is not None or targets is not ABSENT):
+            raise TypeError("a step takes inputs and targets, or a closure, not both")
         if closure is None and targets is ABSENT and callable(inputs) and not isinstance(inputs, Tensor):
             return inputs
         if closure is None and targets is ABSENT:

@@ -1,6 +1,7 @@
 """ZO-SCD: stochastic coordinate descent from losses at shifted coordinates (chapter 4)."""
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
             raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose from {', '.join(GRAD_ESTIMATORS)}")
         if not 0 <= grad_sparsity <= 1:
             raise ValueError(f"grad_sparsity must lie between 0 and 1, not {grad_sparsity}")
-        if not h_smooth > 0:
-            raise ValueError(f"h_smooth must be above 0, not {h_smooth}")
+        if not 0 < h_smooth < inf:
+            raise ValueError(f"h_smooth must be above 0 and finite, not {h_smooth}")
         if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam or rule):
             raise ValueError(
                 "grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening, adam or rule"
@@ -119,7 +120,8 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         d = sum(map(len, self.index.values()))
         toss = torch.rand(d, generator=self.generator, device=self.generator.device)
         kept = (toss >= self.grad_sparsity).split([len(positions) for positions in self.index.values()])
-        return {name: k.to(self.trained[name].device) for name, k in zip(self.index, kept, strict=True)}
+        active = self.active()
+        return {n: k.to(self.trained[n].device) for n, k in zip(self.index, kept, strict=True) if n in active}
 
     def _estimate(self, name: str, positions: Tensor, loss: Tensor) -> Tensor:
         """ĝ at some positions of one parameter: (K,)."""

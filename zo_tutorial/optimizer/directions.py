@@ -1,6 +1,7 @@
 """ZO-SGD: descend along the average of directional differences (chapter 3)."""
 
 from collections.abc import Callable
+from math import inf
 
 import torch
 from torch import Tensor
@@ -78,8 +79,8 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         query_mode: str = "auto",
         memory: float = 512,
     ):
-        if not sigma > 0:
-            raise ValueError(f"sigma must be above 0, not {sigma}")
+        if not 0 < sigma < inf:
+            raise ValueError(f"sigma must be above 0 and finite, not {sigma}")
         if directions not in DIRECTIONS:
             raise ValueError(f"directions {directions!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
         self.sigma, self.n_sample, self.signSGD = sigma, whole_number("n_sample", n_sample), signSGD
@@ -91,12 +92,14 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         )
 
     def _add_estimate(self, loss: Tensor) -> None:
-        for name in self.trained:
+        index = self.active()
+        for name in index:
             self.loss_queries.check_radius(name, self.sigma)
-        blocks = list(self.layers.values()) if self.layer_by_layer else [list(self.trained)]
-        for names in blocks:
-            grad = self._estimate({name: self.index[name] for name in names}, loss)
-            for name, piece in zip(names, grad.split([len(self.index[name]) for name in names]), strict=True):
+        blocks = list(self.layers.values()) if self.layer_by_layer else [list(index)]
+        for block in blocks:
+            part = {name: index[name] for name in block if name in index}
+            grad = self._estimate(part, loss) if part else loss.new_zeros(0)
+            for name, piece in zip(part, grad.split([len(kept) for kept in part.values()]), strict=True):
                 self._add(name, piece)
 
     def _estimate(self, index: dict[str, Tensor | range], loss: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from zo_tutorial.directions import Directions
 from zo_tutorial.queries.cost import vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.evaluation import Evaluation, call
-from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
-from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
+from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies, overlap, span, tensors_in
+from zo_tutorial.queries.way import Index, Moves, Unsuitable, add_at, pieces_of
 from zo_tutorial.substitution import slots_of, substituted
 
 
@@ -41,9 +41,8 @@ class Batched:
                 losses.append(self._losses(points))
         return torch.cat(losses).view(len(scales), -1)
 
-    def descend(self, name, positions, shift, three_points, running, counted) -> float:
-        walk = _BatchedWalk(self, name, positions, shift)
-        return descend_ahead(self.evaluation, walk, name, positions, shift, three_points, running, counted)
+    def descend(self, moves: Moves) -> float:
+        return descend_ahead(self.evaluation, _BatchedWalk(self, moves), moves)
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
         return vmapped(self.evaluation.recorded(), asked, [self.evaluation.parameters[name] for name in index])
@@ -73,7 +72,7 @@ class Batched:
         recording = evaluation.recorded()
         evaluation.reset()
         try:
-            with _AsRecorded(recording):
+            with _AsRecorded(recording, [evaluation.parameters[name] for name in points]):
                 losses = vmap(loss, randomness="same")(points)
         finally:
             # hooks may keep what they have seen: nothing of vmap's must stay there
@@ -93,18 +92,27 @@ class Batched:
 class _AsRecorded(TorchFunctionMode):
     """Dropout with the masks that the recorded pass drew; batch normalisation without its running averages.
 
+    And no call may read a perturbed parameter itself, past the slot where its copies stand.
+
     vmap draws a mask in a memory layout of its own, and cannot write averages of many points into one buffer. Where
     others draw too, the numbers of the mask are drawn once more and thrown away, so that the others get their own.
     """
 
-    def __init__(self, recording: Recording):
+    def __init__(self, recording: Recording, perturbed: list[Tensor]):
         super().__init__()
+        self.perturbed = list(map(span, perturbed))
         self.dropouts = iter([call for call in recording.calls if call.function is F.dropout])
         self.others = any(call.draws and call.function is not F.dropout for call in recording.calls)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        for tensor in tensors_in((args, kwargs or {})):
+            here = _span_or_none(tensor)
+            if here is not None and any(overlap(here, other) for other in self.perturbed):
+                raise Unsuitable("a weight is read outside of its module")
         if function is F.dropout:
-            recorded = next(self.dropouts)
+            recorded = next(self.dropouts, None)
+            if recorded is None:
+                raise Unsuitable("dropout is called more often than it was recorded")
             if self.others:
                 recorded.draw()
             return recorded.with_input(Call(function, args, kwargs or {}).named()["input"])
@@ -116,12 +124,22 @@ class _AsRecorded(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _span_or_none(tensor: Tensor) -> range | None:
+    """Where a tensor lies in memory; None for one of vmap's, and for one without memory to be seen."""
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return None
+    try:
+        return span(tensor)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 class _BatchedWalk:
     """A walk on a copy of the parameter; see `descent.Walk`."""
 
-    def __init__(self, way: Batched, name: str, positions: Tensor, shift: float):
-        self.way, self.name, self.positions, self.shift = way, name, positions, shift
-        self.parameter = copies(way.evaluation.parameters[name], 1)[0]
+    def __init__(self, way: Batched, moves: Moves):
+        self.way, self.name, self.positions, self.shift = way, moves.name, moves.positions, moves.shift
+        self.parameter = copies(way.evaluation.parameters[moves.name], 1)[0]
 
     def look(self, start: int, count: int) -> list[tuple[float, float]]:
         positions = self.positions[start : start + count]

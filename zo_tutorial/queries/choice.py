@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -15,7 +15,7 @@ from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.loop import Loop
 from zo_tutorial.queries.recording import tensors_in
 from zo_tutorial.queries.structured import Structured
-from zo_tutorial.queries.way import Index, Unsuitable, Way
+from zo_tutorial.queries.way import Index, Moves, Unsuitable, Way
 
 QUERY_MODES = ("auto", "loop", "batched", "structured")
 NOT_ASKED = "the loop is as quick"
@@ -30,8 +30,9 @@ class Choice:
 
     Attributes:
         known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters, with
-            inputs of which shapes and modules in which modes. No way is asked again what it has failed. With a number
-            of points behind the question: "" or that the loop is as quick.
+            inputs of roughly which sizes and modules in which modes. No way is asked again what it has failed. With a
+            number of points behind the question: "" or that the loop is as quick.
+        undecided: {"way question": how often it was put before a comparison with the loop could decide}.
         answered: {(kind, parameters): (the way that answered last, {faster way: why it did not})}.
     """
 
@@ -40,6 +41,7 @@ class Choice:
         self.loop = Loop(evaluation)
         self.ways: dict[str, Way] = {"structured": Structured(evaluation), "batched": Batched(evaluation)}
         self.known: dict[str, str] = {}
+        self.undecided: dict[str, int] = {}
         self.answered: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
         self.warned = False
 
@@ -69,27 +71,20 @@ class Choice:
 
         return self._answer("directions", index, directions.n, ask, check)
 
-    def descend(
-        self,
-        name: str,
-        positions: Tensor,
-        shift: float,
-        three_points: bool,
-        running: float,
-        counted: Callable[[float], float],
-    ) -> float:
+    def descend(self, moves: Moves) -> float:
         """`Way.descend`, by the way that is right and cheapest for coordinates."""
+        name, positions, shift = moves.name, moves.positions, moves.shift
 
         def check(way: Way, losses: Tensor) -> bool:
             return self._agrees_at(way, name, positions, losses[0], shift)
 
-        def rule(way: Way) -> float:
-            return way.descend(name, positions, shift, three_points, running, counted)
-
         def first(way: Way) -> Tensor:
             return way.coordinates(name, positions[:1], [shift])
 
-        return self._answer("descend", {name: positions}, 1, first, check, rule)
+        def rule(way: Way) -> float:
+            return way.descend(moves)
+
+        return self._answer("descend", {name: positions}, len(positions), first, check, rule)
 
     def _answer(
         self,
@@ -110,25 +105,28 @@ class Choice:
             then: what moves parameters, and so must not be tried.
         """
         names, reasons = list(index), dict[str, str]()
-        question = self._question(kind, names)
+        question, only_loop = self._question(kind, names), self._only_loop(index)
         for name in self._order(kind):
             key = f"{name} {question}"
+            if only_loop:
+                reasons[name] = only_loop
+                continue
             try:
                 if self.known.get(key):
                     raise Unsuitable(self.known[key])
-                way, new = self.ways[name], key not in self.known
-                answer: Any = None
-                self._permit(index)
-                if self.mode == "auto" and kind != "descend" and not self._pays(key, way, kind, index, asked):
+                way, answer = self.ways[name], None
+                if self.mode == "auto" and not self._pays(key, way, kind, index, asked):
                     reasons[name] = NOT_ASKED
                     continue
+                new = key not in self.known and self._due(key)
                 if new or then is None:
                     answer = self._attempt(ask, way)
-                if new and check(way, answer):
+                if new and check(way, cast(Tensor, answer)):
                     self.known[key] = ""
                 if then is not None:
                     answer = then(way)
                 self.answered[(kind, *names)] = name, reasons
+                self.evaluation.record_next = True
                 return answer
             except Unsuitable as reason:
                 reasons[name] = self.known[key] = str(reason)
@@ -152,22 +150,29 @@ class Choice:
         """Whether a way promises to be clearly cheaper than the loop for about so many points."""
 
         def weigh(way: Way) -> bool:
+            self.evaluation.room()
             return way.seconds(kind, index, asked) < MARGIN * self.loop.seconds(kind, index, asked)
 
-        key = f"{key} {asked.bit_length()}"
+        key = f"{key} {kind} {asked.bit_length()}"
         if key not in self.known:
             self.known[key] = "" if self._attempt(weigh, way) else NOT_ASKED
         return not self.known[key]
 
-    def _permit(self, index: dict[str, Index]) -> None:
-        """Raise Unsuitable where only the loop is right."""
+    def _due(self, key: str) -> bool:
+        """Whether to compare a way with the loop now: at the 1st, 2nd, 4th, 8th … time, while that decides nothing."""
+        self.undecided[key] = self.undecided.get(key, 0) + 1
+        return self.undecided[key].bit_count() == 1
+
+    def _only_loop(self, index: dict[str, Index]) -> str:
+        """Why only the loop is right, if that is so."""
         evaluation = self.evaluation
         if evaluation.compiled():
-            raise Unsuitable("the model is compiled")
-        if torch.is_autocast_enabled(evaluation.base.device.type):
-            raise Unsuitable("autocast rounds the weights of each query")
+            return "the model is compiled"
+        if torch.is_autocast_enabled(evaluation.device.type):
+            return "autocast rounds the weights of each query"
         if any(evaluation.parameters[name].element_size() < 4 for name in index):
-            raise Unsuitable("in half precision the rounding of each query counts")
+            return "in half precision the rounding of each query counts"
+        return ""
 
     def _attempt(self, ask: Callable, way: Way) -> Any:
         """The answer of a way.
@@ -191,7 +196,7 @@ class Choice:
         except Exception:
             with self.evaluation.unharmed():
                 self.evaluation.loss()
-            raise Unsuitable(str(first).partition("\n")[0]) from first
+            raise Unsuitable(str(first).partition("\n")[0] or type(first).__name__) from first
         raise first
 
     def _agrees_at(self, way: Way, name: str, index: Tensor, losses: Tensor, shift: float) -> bool:
@@ -238,9 +243,9 @@ class Choice:
 
     def _question(self, kind: str, names: list[str]) -> str:
         modes = [module.training for module in self.evaluation.modules.values()]
-        shapes = ["nested" if t.is_nested else tuple(t.shape) for t in tensors_in(self.evaluation.inputs)]
+        sizes = [(t.dim(), t.numel().bit_length()) for t in tensors_in(self.evaluation.inputs)]
         kind = "coordinates" if kind == "descend" else kind
-        return f"{kind} {crc32(repr((names, modes, shapes)).encode()):08x}"
+        return f"{kind} {crc32(repr((names, modes, sizes)).encode()):08x}"
 
     def _tell(self, names: list[str], reasons: dict[str, str]) -> None:
         """Warn once that queries are slow, and why."""

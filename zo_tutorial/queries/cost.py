@@ -22,15 +22,18 @@ RATE = 4e10  # multiply-adds a second
 CACHED, MEMORY = 2e10, 5e9  # bytes a second
 CACHE = 1e6  # bytes
 GROUPED = 6
+QUERY = 2.5e-5  # seconds that a query of the loop takes beside its calls
+SETUP = 2e-4  # seconds that a round of another way takes beside its queries
+TRIES = 1.5  # queries that a coordinate of `descend` takes in the loop
 MARGIN = 0.9  # another way must promise to be faster than the loop by a tenth
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-def looped(recording: Recording) -> float:
-    """Seconds a query of the loop."""
-    return sum(_seconds(call, CALL, together=False) for call in recording.calls)
+def looped(calls: Iterable[Call]) -> float:
+    """Seconds of a query that runs some calls."""
+    return QUERY + sum(_seconds(call, CALL, together=False) for call in calls)
 
 
 def vmapped(
@@ -48,7 +51,7 @@ def vmapped(
     own = set(reached)
     calls = list(recording.calls if among is None else among)
     points = max(1.0, min(asked, AT_ONCE / max(1, recording.bytes)))
-    total = 3 * bytes_of(parameters) / MEMORY
+    total = SETUP / asked + 3 * bytes_of(parameters) / MEMORY
     for call in calls:
         inputs = set(map(id, call.tensors)) | {id(p) for p in (call.layer.parameters() if call.layer else ())}
         total += VMAP * CALL * call.primitive / points

@@ -37,6 +37,7 @@ class CrossEntropy:
     """
 
     def __init__(self, targets: Tensor, rows: Tensor | None, weights: Tensor | None):
+        targets = targets.long()
         self.targets, self.rows, self.stable = targets, rows, False
         self.shares = None if weights is None else weights[targets] / weights[targets].sum()
         # the places of o_yb in the flattened outputs (C, B)

@@ -1,11 +1,9 @@
 """Moving coordinates one by one, with looks ahead: the estimator `sign` where looks are cheap."""
 
-from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
-
 from zo_tutorial.queries.evaluation import Evaluation
+from zo_tutorial.queries.way import Moves
 
 LOOK_AHEAD = 64  # the most coordinates that are tried ahead of a move
 
@@ -22,36 +20,28 @@ class Walk(Protocol):
         ...
 
 
-def descend_ahead(
-    evaluation: Evaluation,
-    walk: Walk,
-    name: str,
-    positions: Tensor,
-    shift: float,
-    three_points: bool,
-    running: float,
-    counted: Callable[[float], float],
-) -> float:
+def descend_ahead(evaluation: Evaluation, walk: Walk, moves: Moves) -> float:
     """`Way.descend` that looks at several coordinates from one point, and again from behind the first that moves.
 
     What was looked at in vain is no query: the rule never asked for it.
     """
-    start, ahead, moves = 0, 1, {}
+    start, ahead, running = 0, 1, moves.running
+    moved: dict[int, float] = {}
     try:
-        while start < len(positions):
+        while start < len(moves.positions):
             for k, (plus, minus) in enumerate(walk.look(start, ahead), start):
-                side, loss = 0, counted(running + plus)
+                side, loss = 0, moves.counted(running + plus)
                 if not loss < running:
-                    side, loss = 1, counted(running + minus)
-                if loss < running or (side == 1 and not three_points):
+                    side, loss = 1, moves.counted(running + minus)
+                if loss < running or (side == 1 and not moves.three_points):
                     walk.move(k, side)
-                    moves[k], running = (shift, -shift)[side], loss
+                    moved[k], running = (moves.shift, -moves.shift)[side], loss
                     ahead = max(1, ahead // 2)
                     break
             else:
                 ahead = min(2 * ahead, LOOK_AHEAD)
             start = k + 1
     finally:
-        if moves:
-            evaluation.move(name, positions[list(moves)], list(moves.values()))
+        if moved:
+            evaluation.move(moves.name, moves.positions[list(moved)], list(moved.values()))
     return running

@@ -35,17 +35,22 @@ class Evaluation:
         self.targets: Any = None
         self.closure: Callable | None = None
         self._base: Tensor | None = None
-        self.recorded_before = False  # whether the step before needed its recording
+        self.before: Snapshot | None = None
+        self.after: Snapshot | None = None
+        self.record_next = False  # whether a way has answered from a recording: the next step begins with one
 
     def fix(self, inputs, targets, seed: int, closure: Callable | None = None) -> tuple:
         """Fix batch and seed; outputs and loss of a first pass, which leaves its traces in the model."""
         self.inputs, self.targets, self.seed, self.closure = inputs, targets, seed, closure
+        if isinstance(self.model, nn.Module):  # anew: it may have got others
+            self.modules = dict(self.model.named_modules())
         self.recording, drew, self.draws = None, self.draws, True
         training = {module: module.training for module in self.modules.values()}
-        self.before = self.after = Snapshot(self.modules.values())
+        self.before = self.after = self._snapshot(self.after)
         versions = [(t, t._version) for t in tensors_in((inputs, targets)) if not t.is_inference()]
-        with self.unharmed():
+        with self.fenced(), self.unharmed():
             outputs, self._base = self._first_pass(drew)
+            self.device = self._base.device
             drawn = RandomState()
             seed_everything(seed)
             self.draws = drawn != RandomState()
@@ -53,7 +58,7 @@ class Evaluation:
                 self.recording = None  # it lacks the states from which random numbers were drawn
             for module, mode in training.items():
                 module.training = mode
-            self.after = Snapshot(self.modules.values())
+            self.after = self._snapshot(self.before)
         if any(t._version != version for t, version in versions):
             raise RuntimeError("the model writes into its input, so no two queries see the same: let it work on a copy")
         return outputs, self._base
@@ -71,9 +76,9 @@ class Evaluation:
 
         Where that fails, and fails again, but not without recording, then there is no recording.
         """
-        if not self.recorded_before:
+        if not self.record_next:
             return self.once()
-        self.recorded_before = False
+        self.record_next = False
         try:
             return self._record(draws)
         except Exception as error:
@@ -116,6 +121,7 @@ class Evaluation:
 
     def reset(self) -> None:
         """Put back what a pass begins from: attributes, buffers, random numbers; and what autocast remembers."""
+        assert self.before is not None
         self.before.restore()
         if self.draws:
             seed_everything(self.seed)
@@ -124,19 +130,28 @@ class Evaluation:
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
-        """Leave the model as the first pass of the step left it, and the global generators as they are now.
-
-        Where something is raised, the model is left as it was before that pass.
-        """
-        state = RandomState() if self.draws else None
-        left = self.before
+        """Leave the model as the first pass of the step left it; where something is raised, as it was before that."""
+        assert self.before is not None, "no batch is fixed: call start first"
+        left: Snapshot = self.before
         try:
             yield
-            left = self.after
+            left = self.after or left
         finally:
             left.restore()
-            if state is not None:
-                state.restore()
+
+    @contextmanager
+    def fenced(self) -> Iterator[RandomState]:
+        """Leave the global generators as they are now: the state that is given."""
+        state = RandomState()
+        try:
+            yield state
+        finally:
+            state.restore()
+
+    def _snapshot(self, earlier: Snapshot | None) -> Snapshot:
+        """Of the model's modules, and of the criterion's, which may have a memory too."""
+        inner = list(self.criterion.modules()) if isinstance(self.criterion, nn.Module) else []
+        return Snapshot([*self.modules.values(), *inner], earlier)
 
     def recorded(self) -> Recording:
         """A recording of the pass where the parameters stand, made when it is first asked for.
@@ -150,7 +165,6 @@ class Evaluation:
         assert self.recording is not None
         if self.recording.broken:
             raise Unsuitable(self.recording.broken)
-        self.recorded_before = True
         return self.recording
 
     def room(self) -> float:

@@ -1,15 +1,13 @@
 """The loop: perturb, run, restore. The reference for all other ways, and right for any callable."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from zo_tutorial.directions import Directions
-from zo_tutorial.queries.cost import looped
+from zo_tutorial.queries.cost import TRIES, looped
 from zo_tutorial.queries.evaluation import Evaluation
-from zo_tutorial.queries.way import Index, add_at
+from zo_tutorial.queries.way import Index, Moves, add_at
 
 
 class Loop:
@@ -48,26 +46,19 @@ class Loop:
                 parameters[name].copy_(value)
         return torch.stack(losses).reshape(directions.n, len(scales)).T  # (S, n)
 
-    def descend(
-        self,
-        name: str,
-        positions: Tensor,
-        shift: float,
-        three_points: bool,
-        running: float,
-        counted: Callable[[float], float],
-    ) -> float:
-        for position in positions.split(1):
-            for step in (shift, -shift):
-                loss = counted(self.coordinates(name, position, [step]).item())
-                if loss < running or (step == -shift and not three_points):
-                    self.evaluation.move(name, position, [step])
+    def descend(self, moves: Moves) -> float:
+        running = moves.running
+        for position in moves.positions.split(1):
+            for step in (moves.shift, -moves.shift):
+                loss = moves.counted(self.coordinates(moves.name, position, [step]).item())
+                if loss < running or (step == -moves.shift and not moves.three_points):
+                    self.evaluation.move(moves.name, position, [step])
                     running = loss
                     break
         return running
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
-        return looped(self.evaluation.recorded())
+        return looped(self.evaluation.recorded().calls) * (TRIES if kind == "descend" else 1)
 
 
 def _entry(parameter: Tensor, position: int) -> Tensor:

@@ -18,7 +18,8 @@ from zo_tutorial.directions import Directions
 from zo_tutorial.queries.choice import QUERY_MODES, Choice
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import version
-from zo_tutorial.queries.way import Index
+from zo_tutorial.queries.way import Index, Moves
+from zo_tutorial.randomness import RandomState
 from zo_tutorial.selection import layer_of
 
 
@@ -29,7 +30,9 @@ class LossQueries:
     running mean of batch normalisation has moved on. Until the next `start`, every query sees that batch, the same
     random numbers and the model's state of before that pass, so the loss is a deterministic function of the parameters.
     A round of queries leaves parameters, buffers, attributes, train/eval mode and the global random generators exactly
-    as they were, also when the model or the criterion raises.
+    as they were, also when the model or the criterion raises. (Not seen are memories outside of modules, criterion and
+    plain objects that they hold, such as a global list; and changes within containers of more than 20,000 items, or
+    through `.data` to tensors of more than 262,144 numbers. Where these change the loss, the first step says so.)
 
     The modes differ in time, not in losses or counts, up to rounding. (Where a weight does not matter at all, such as a
     bias in front of a batch normalisation, rounding decides what `sign` does.)
@@ -122,10 +125,8 @@ class LossQueries:
         Returns:
             (S, K) losses; S·K queries.
         """
-        with _plain(), self.evaluation.unharmed():
-            losses = self.choice.coordinates(name, index, shifts)
-            self.count += losses.numel()
-            return self._checked(losses, f"with layer {self._layer(name)!r} perturbed")
+        where = f"with layer {self._layer(name)!r} perturbed"
+        return self._round(lambda: self.choice.coordinates(name, index, shifts), where)
 
     def distances(self, name: str, index: Tensor, low: float, high: float) -> Tensor:
         """How far θ_i + high and θ_i + low really lie apart, in the precision of the parameter: (K,).
@@ -162,13 +163,10 @@ class LossQueries:
         Returns:
             (S, n) losses; S·n queries.
         """
-        if isinstance(directions, Tensor):
-            directions = Directions.of(directions)
-        with _plain(), self.evaluation.unharmed():
-            losses = self.choice.directions(index, directions, scales)
-            self.count += losses.numel()
-            layers = dict.fromkeys(self._layer(name) for name in index)
-            return self._checked(losses, f"with layer {', '.join(map(repr, layers))} perturbed")
+        given = Directions.of(directions) if isinstance(directions, Tensor) else directions
+        layers = dict.fromkeys(self._layer(name) for name in index)
+        where = f"with layer {', '.join(map(repr, layers))} perturbed"
+        return self._round(lambda: self.choice.directions(index, given, scales), where)
 
     def descend(self, name: str, positions: Tensor, shift: float, three_points: bool, running: float) -> float:
         """Move coordinates in place, one by one: the estimator `sign`.
@@ -194,11 +192,28 @@ class LossQueries:
                 self._checked(torch.tensor(loss), f"with layer {self._layer(name)!r} perturbed")
             return loss
 
-        with _plain(), self.evaluation.unharmed():
+        with _plain(), self.evaluation.unharmed(), self.evaluation.fenced() as state:
             try:
-                return self.choice.descend(name, positions, shift, three_points, running, counted)
+                loss = self.choice.descend(Moves(name, positions, shift, three_points, running, counted))
             finally:
                 self.evaluation.moved()
+            if not self.evaluation.draws and state != RandomState():
+                raise RuntimeError("the model draws random numbers at some points only, so they cannot be held fixed")
+            return loss
+
+    def _round(self, ask: Callable[[], Tensor], where: str) -> Tensor:
+        """The losses of a round, counted and checked."""
+        evaluation, drew = self.evaluation, self.evaluation.draws
+        with _plain(), evaluation.unharmed():
+            with evaluation.fenced() as state:
+                losses = ask()
+                evaluation.draws = evaluation.draws or state != RandomState()
+            if evaluation.draws and not drew:  # at perturbed points only: again, with the same numbers for all
+                evaluation.moved()
+                with evaluation.fenced():
+                    losses = ask()
+            self.count += losses.numel()
+            return self._checked(losses, where)
 
     def ways(self) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:
         """{(kind of round, parameters…): (the way that answered it last, {faster way: why it did not})}."""
@@ -206,10 +221,18 @@ class LossQueries:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to count and to choose on as this one does."""
-        return {"queries": self.count, "steps": self.steps, "known": dict(self.choice.known)}
+        return {
+            "queries": self.count,
+            "steps": self.steps,
+            "known": dict(self.choice.known),
+            "undecided": dict(self.choice.undecided),
+            "record next": self.evaluation.record_next,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.count, self.steps, self.choice.known = state["queries"], state["steps"], dict(state["known"])
+        self.count, self.steps = state["queries"], state["steps"]
+        self.choice.known, self.choice.undecided = dict(state["known"]), dict(state["undecided"])
+        self.evaluation.record_next = state["record next"]
 
     def _first(self, inputs, targets, seed: int, closure: Callable | None) -> tuple:
         """The first pass, and whether a second one comes out the same and neither changes a parameter."""
@@ -217,7 +240,7 @@ class LossQueries:
         weights = [p for m in evaluation.modules.values() for p in m._parameters.values() if p is not None]
         before = [_fingerprint(weight) for weight in weights]
         outputs, loss = evaluation.fix(inputs, targets, seed, closure)
-        with evaluation.unharmed():
+        with evaluation.unharmed(), evaluation.fenced():
             again = evaluation.loss()
         if [_fingerprint(weight) for weight in weights] != before:
             raise RuntimeError("the model changes its own parameters in a forward pass, so its loss cannot be queried")
@@ -228,8 +251,9 @@ class LossQueries:
             )
             if evaluation.modules and closure is None:
                 raise RuntimeError(
-                    f"{message}. Let the model draw from torch's, numpy's or Python's global generator, which are "
-                    "reset for each query, and keep what it remembers in buffers or attributes of its modules"
+                    f"{message}. Let model and criterion draw from torch's, numpy's or Python's global generator, "
+                    "which are reset for each query, and write what they remember into buffers and attributes, not "
+                    "through .data"
                 )
             warnings.warn(f"{message}: choose steps that move the loss by far more than that", stacklevel=4)
         self.repeatable = True

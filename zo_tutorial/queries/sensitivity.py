@@ -31,6 +31,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 ALWAYS = (nn.Linear, nn.Conv2d, *TENSOR_LAYERS)
+CONV_FORWARDS = {layer._conv_forward for layer in CONVOLUTIONS}
 FORWARDS = {layer.forward for layer in (*ALWAYS, nn.Conv1d, *NORMS, nn.Embedding)}
 
 
@@ -40,6 +41,10 @@ def is_affine(layer: nn.Module, trained: set[int]) -> bool:
     Convolutions in one dimension, norms and embeddings are single calls only if one of their parameters is trained.
     """
     if type(layer).forward not in FORWARDS or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if "forward" in vars(layer) or "parametrizations" in layer._modules:  # replaced, or its weight computed
+        return False
+    if isinstance(layer, CONVOLUTIONS) and type(layer)._conv_forward not in CONV_FORWARDS:
         return False
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:  # it writes into its weight
         return False

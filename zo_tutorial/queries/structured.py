@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.directions import Directions
-from zo_tutorial.queries.cost import vmapped
+from zo_tutorial.queries.cost import MEMORY, SETUP, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, CachedLayer
-from zo_tutorial.queries.way import Index, Unsuitable
+from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
 
 
@@ -48,15 +48,14 @@ class Structured:
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
         return self._directional(index).losses(directions, scales)
 
-    def descend(self, name, positions, shift, three_points, running, counted) -> float:
-        walk = Walk(self._probe(name), positions, shift)
-        return descend_ahead(self.evaluation, walk, name, positions, shift, three_points, running, counted)
+    def descend(self, moves: Moves) -> float:
+        return descend_ahead(self.evaluation, Walk(self._probe(moves.name), moves.positions, moves.shift), moves)
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
         if kind == "directions":
             return self._directional(index).seconds(asked)
-        suffixes = [probe.suffix.calls for probe in map(self._probe, index) if probe.head is None]
-        return sum(vmapped(self.evaluation.recorded(), asked, [], calls) for calls in suffixes)
+        recording = self.evaluation.recorded()
+        return sum(self._probe(name).seconds(recording, kind, asked) for name in index)
 
     def _directional(self, index: dict[str, Index]) -> Directional:
         layers = {self._layer(name): positions for name, positions in index.items()}
@@ -106,6 +105,16 @@ class Probe:
             raise Unsuitable("the memory does not suffice for two points")
         quick = 2 * AT_ONCE / cached.bytes if self.head is None else CACHE / self.response.bytes
         self.points = int(min(points, max(2, quick)))  # to handle at once
+
+    def seconds(self, recording: Recording, kind: str, asked: int) -> float:
+        """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
+        if self.head is not None:
+            shifted = self.z.shape[1] if self.series is not None else self.response.bytes + self.o.numel()
+            again = self.suffix.calls if self.suffix.cross_entropy is None else []
+            return shifted * self.z.element_size() / MEMORY + vmapped(recording, asked, [], again)
+        if kind == "descend":
+            return SETUP / asked + 3 * looped(self.suffix.calls)
+        return vmapped(recording, asked, [], self.suffix.calls)
 
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""
@@ -262,4 +271,5 @@ class Walk:
 
     def _loss(self) -> float:
         """The loss where the slice stands, computed as the others are: equal points get equal losses."""
-        return self.part.losses(self.part.z.repeat(2, 1, 1))[0].item()
+        points = 1 if self.probe.head is None else 2  # without a head, points are run one by one
+        return self.part.losses(self.part.z.repeat(points, 1, 1))[0].item()

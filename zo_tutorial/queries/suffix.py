@@ -64,12 +64,12 @@ class Suffix:
 
 
 class Head:
-    """An elementwise activation φ and a linear layer cached a layer, o = W φ(z) + b, then the suffix of that layer.
+    """An elementwise activation φ and a linear layer behind a layer, o = W φ(z) + b, then the suffix of that layer.
 
     Outputs that go straight into cross-entropy have this form too, with φ the identity and W the unit matrix.
 
     Raises:
-        Unsuitable: something else comes cached the layer.
+        Unsuitable: something else comes behind the layer.
     """
 
     def __init__(self, recording: Recording, call: Call):
@@ -79,6 +79,8 @@ class Head:
         if suffix.cross_entropy is not None:
             self.suffix = suffix
             size = call.results[0].shape[-1]
+            if size**2 * call.results[0].element_size() > CACHE:  # so many classes that the unit matrix is too large
+                raise Unsuitable
             self.weight = self.transposed = torch.eye(size, dtype=call.results[0].dtype, device=call.results[0].device)
             return
         head = self._follow(recording, call, suffix)
@@ -132,7 +134,7 @@ class Head:
 
 
 class ConvolutionHead(Head):
-    """The same cached a convolution: φ, then a convolution, or a linear layer that takes all places of all channels.
+    """The same behind a convolution: φ, then a convolution, or a linear layer that takes all places of all channels.
 
     That linear layer is a convolution too, with a kernel as large as the image. A changed channel meets one channel of
     the kernel only, 1 of c: a small linear map, whose matrix is what it makes of unit images. Outputs o have the
@@ -159,11 +161,12 @@ class ConvolutionHead(Head):
             if weight.shape[1] != channels * prod(self.size):
                 raise Unsuitable
             self.kernel = weight.view(-1, channels, *self.size)  # (C, channels, height, width)
-        pixels = prod(self.size)
+        self.flat, pixels = not isinstance(layer, nn.Conv2d), prod(self.size)
+        made = recording.call_of(layer).results[0][0].numel()  # of one image
+        if pixels * max(pixels, made) * self.kernel.element_size() > CACHE:
+            raise Unsuitable
         self.unit_images = torch.eye(pixels, dtype=self.kernel.dtype, device=self.kernel.device)
         self.unit_images = self.unit_images.view(pixels, 1, *self.size)
-        if bytes_of([self._convolve(self.unit_images, 0)]) > CACHE:
-            raise Unsuitable
 
     def _convolve(self, images: Tensor, i: int) -> Tensor:
         """What the i-th channel of the kernel makes of images (N, 1, H, W): (N, C, height, width)."""
@@ -193,7 +196,9 @@ class ConvolutionHead(Head):
         return o if self.suffix.cross_entropy is None else o.flatten(1).T
 
     def losses(self, o: Tensor) -> Tensor:
-        return self.suffix.losses(o) if self.suffix.cross_entropy is not None else self.suffix.replayed(o)
+        if self.suffix.cross_entropy is not None:
+            return self.suffix.losses(o)
+        return self.suffix.replayed(o.flatten(2) if self.flat else o)
 
 
 class CachedLayer:
@@ -213,7 +218,7 @@ class CachedLayer:
         if not recording.undisturbed(call):
             raise Unsuitable("the input of the layer is not there any more")
         self.x, z = call.args[0], call.results[0]
-        if version(z) != call.result_versions[0]:  # an activation in slice: compute it again
+        if version(z) != call.result_versions[0]:  # an activation in place: compute it again
             z = layer(self.x)
         self.z = units_first(layer, z).contiguous()
         self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
@@ -222,6 +227,11 @@ class CachedLayer:
         self.a = self.o = self.z.new_empty(0)  # without a head there are none
         try:
             self.head = Head(recording, call) if has_units_last(layer, z) else ConvolutionHead(recording, call)
+            cross_entropy = self.head.suffix.cross_entropy
+            some = cross_entropy is not None and cross_entropy.rows is not None
+            if some and not isinstance(layer, (nn.Linear, *TENSOR_LAYERS)):  # its rows may depend on each other
+                self.head = None
+                raise Unsuitable
         except Unsuitable:
             self.suffix = Suffix(recording, call)
             self.bytes = self.suffix.bytes + 2 * bytes_of([self.z])

@@ -1,7 +1,7 @@
 """What every way of answering queries has in common."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,20 @@ Index = Tensor | range  # flat positions in a parameter, ascending: (K,), or all
 
 class Unsuitable(Exception):
     """A way cannot answer; the message says why."""
+
+
+class Moves(NamedTuple):
+    """Coordinates to be moved in turn; the arguments of `LossQueries.descend`.
+
+    counted: what each loss that the rule asks for goes through.
+    """
+
+    name: str
+    positions: Tensor
+    shift: float
+    three_points: bool
+    running: float
+    counted: Callable[[float], float]
 
 
 class Way(Protocol):
@@ -30,19 +44,8 @@ class Way(Protocol):
         """L(θ + s u) for every scale s and every direction u over the positions in `index`: (S, n)."""
         ...
 
-    def descend(
-        self,
-        name: str,
-        positions: Tensor,
-        shift: float,
-        three_points: bool,
-        running: float,
-        counted: Callable[[float], float],
-    ) -> float:
-        """Move coordinates in place, one by one, as `LossQueries.descend` says; the loss where they end.
-
-        Each loss that the rule asks for goes through `counted`.
-        """
+    def descend(self, moves: Moves) -> float:
+        """Move coordinates in place, one by one, as `LossQueries.descend` says; the loss where they end."""
         ...
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
