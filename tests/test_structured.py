@@ -166,6 +166,16 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
         assert ways == {("coordinates", expected), ("directions", expected)}
 
 
+def test_every_layer_type_has_a_form(kind, batch):
+    """Each parameter is answered from the structure, not by a way that would step in."""
+    queries, loop = pair(make_net(kind), "structured")
+    close(queries.start(*batch, 0)[1], loop.start(*batch, 0)[1])
+    for name, parameter in loop.parameters.items():
+        question = name, torch.arange(parameter.numel()), [0.1, -0.1]
+        close(queries.coordinates(*question), loop.coordinates(*question))
+        assert queries.ways()["coordinates", name] == ("structured", {})
+
+
 @pytest.mark.parametrize("activation", [torch.tanh, lambda z: z.softmax(1)])
 def test_layers_behind_may_be_called_by_keyword(activation, batch):
     torch.manual_seed(0)
