@@ -158,7 +158,7 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
         pytest.skip("vmap refuses a decision that a value takes, even one that no weight changes")
     criterion = (lambda z, y: F.cross_entropy(z[:, :3], y)) if "con" in name or "channels" in name else F.cross_entropy
     ways = compare(model, batch, mode, criterion)
-    expected = "batched" if mode == "batched" else "structured"
+    expected = "structured" if mode == "auto" else mode
     assert ("coordinates", expected) in ways
     first = next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
     # one product serves both sides of a first dense layer; for three directions "auto" may find the loop as quick
