@@ -158,12 +158,22 @@ def test_losses_are_those_of_the_loop(name, mode, batch):
         pytest.skip("vmap refuses a decision that a value takes, even one that no weight changes")
     criterion = (lambda z, y: F.cross_entropy(z[:, :3], y)) if "con" in name or "channels" in name else F.cross_entropy
     ways = compare(model, batch, mode, criterion)
-    expected = "batched" if mode == "batched" else "structured"
+    expected = "structured" if mode == "auto" else mode
     assert ("coordinates", expected) in ways
     first = next(layer for layer in model.modules() if not list(layer.children()) and list(layer.parameters()))
     # one product serves both sides of a first dense layer; for three directions "auto" may find the loop as quick
     if isinstance(first, nn.Linear) and mode != "auto":
         assert ways == {("coordinates", expected), ("directions", expected)}
+
+
+def test_every_layer_type_has_a_form(kind, batch):
+    """Each parameter is answered from the structure, not by a way that would step in."""
+    queries, loop = pair(make_net(kind), "structured")
+    close(queries.start(*batch, 0)[1], loop.start(*batch, 0)[1])
+    for name, parameter in loop.parameters.items():
+        question = name, torch.arange(parameter.numel()), [0.1, -0.1]
+        close(queries.coordinates(*question), loop.coordinates(*question))
+        assert queries.ways()["coordinates", name] == ("structured", {})
 
 
 @pytest.mark.parametrize("activation", [torch.tanh, lambda z: z.softmax(1)])

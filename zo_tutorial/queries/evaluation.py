@@ -205,7 +205,7 @@ class Evaluation:
 
 
 def call(model: Callable, inputs: Any) -> Any:
-    """model(*inputs) for a tuple or a list, model(**inputs) for a dict, else model(inputs)."""
+    """`model(*inputs)` for a tuple or a list, `model(**inputs)` for a dict, else `model(inputs)`."""
     if type(inputs) in (tuple, list):
         return model(*inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
