@@ -18,7 +18,6 @@ import os
 import random
 import re
 import urllib.request
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zo_tutorial.data import DataError
+from zo_tutorial.data import DataError, DownloadError, files_of
 from zo_tutorial.data.mnist import TIMEOUT, folder
 
 PAD, UNKNOWN, SENTENCE = "<pad>", "<unk>", "<cls>"  # words 0, 1 and 2
@@ -74,10 +73,6 @@ class ATIS(NamedTuple):
     intents: tuple[str, ...]
 
 
-class DownloadError(DataError):
-    """ATIS is not in the data folder, and could not be downloaded into it."""
-
-
 def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int = 0) -> ATIS:
     """Load ATIS; sentences are in the files' order. Row length L: the longest training sentence + 1 (full: 46 + 1).
 
@@ -91,18 +86,9 @@ def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int 
         seed: of the synthetic corpus; full data do not depend on it.
 
     Raises:
-        DataError: there is no such data, or a file is damaged: "auto" never passes over a damaged file.
+        DataError: there are no such data, or a file is damaged, which "auto" never passes over.
     """
-    if source not in ("auto", "full", "embedded"):
-        raise DataError(f"data source {source!r} is unknown; allowed: auto, full, embedded")
-    files = None
-    if source != "embedded":
-        try:
-            files = find(root) or download(root)
-        except DownloadError as error:
-            if source == "full":
-                raise
-            warnings.warn(f"using synthetic sentences instead of ATIS, since {error}", stacklevel=2)
+    files = files_of(source, root, find, download, "synthetic sentences instead of ATIS")
     if files:
         return _atis("full", [_read(files, part) for part in ("train", "dev", "test")])
     return _atis("synthetic", _synthetic(seed))

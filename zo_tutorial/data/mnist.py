@@ -14,7 +14,6 @@ import os
 import socket
 import struct
 import tempfile
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_tutorial.data import DataError
+from zo_tutorial.data import DataError, DownloadError, files_of
 
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
 CLASSES = 10
@@ -66,18 +65,9 @@ def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int 
         seed: of the split.
 
     Raises:
-        DataError: there is no such data, or a file is damaged: "auto" never passes over a damaged file.
+        DataError: there are no such data, or a file is damaged, which "auto" never passes over.
     """
-    if source not in ("auto", "full", "embedded"):
-        raise DataError(f"data source {source!r} is unknown; allowed: auto, full, embedded")
-    files = None
-    if source != "embedded":
-        try:
-            files = find(root) or download(root)
-        except DownloadError as error:
-            if source == "full":
-                raise
-            warnings.warn(f"using the 5,000 embedded MNIST images, since {error}", stacklevel=2)
+    files = files_of(source, root, find, download, "the 5,000 embedded MNIST images")
     generator = torch.Generator().manual_seed(seed)
     return _full(files, generator) if files else _embedded(generator)
 
@@ -108,10 +98,6 @@ def find(root: str | os.PathLike | None = None) -> dict[str, Path] | None:
         if found and name not in found:
             raise DataError(f"{raw / name} is missing, though {len(found)} of the 4 MNIST files are there")
     return found or None
-
-
-class DownloadError(DataError):
-    """MNIST is not in the data folder, and could not be downloaded into it."""
 
 
 def download(root: str | os.PathLike | None = None) -> dict[str, Path]:

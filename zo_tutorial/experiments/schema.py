@@ -75,18 +75,6 @@ class FC(Group):
 Factors = list[Annotated[int, Field(ge=1)]]
 
 
-class TTM(Group):
-    """A net 784–hidden–10 with both weights in TTM format."""
-
-    name: Literal["MNIST_TTM"]
-    in_factors: Factors = Field([4, 7, 7, 4], description="factors of 784")
-    hidden_factors: Factors = Field([4, 4, 4, 4], description="factors of the hidden width")
-    out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
-    max_rank: int = Field(4, ge=1, description="bound for the ranks of both layers")
-    bias: bool = Field(False, description="whether both layers have a bias")
-    layer: Annotated[str, In(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
-
-
 class TT(Group):
     """A net 784–hidden–10 with both weights in TT format."""
 
@@ -96,6 +84,14 @@ class TT(Group):
     out_factors: Factors = Field([1, 5, 2, 1], description="factors of 10")
     max_rank: int = Field(20, ge=1, description="bound for the ranks of both layers")
     bias: bool = Field(False, description="whether both layers have a bias")
+
+
+class TTM(TT):
+    """A net 784–hidden–10 with both weights in TTM format."""
+
+    name: Literal["MNIST_TTM"]  # type: ignore[assignment]  # another tag, and so another group
+    max_rank: int = Field(4, ge=1, description="bound for the ranks of both layers")
+    layer: Annotated[str, In(TTM_LAYERS)] = Field("TensorizedLinear_module", description="…_tonn is the photonic form")
 
 
 class CNN(Group):
@@ -171,7 +167,16 @@ class FO(Group):
     opt_layers_strs: LayerTypes = []
 
 
-class SGD(Group):
+class ZerothOrder(Group):
+    """What both zeroth-order optimisers take."""
+
+    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
+    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
+    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
+    query_mode: QueryMode = "auto"
+
+
+class SGD(ZerothOrder):
     """Zeroth-order SGD, `ZO_SGD_mask`: random directions."""
 
     name: Literal["SGD"] = "SGD"
@@ -184,13 +189,9 @@ class SGD(Group):
     two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
     directions: Annotated[str, In(DIRECTIONS)] = Field("gaussian", description="distribution of the directions")
     adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
-    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
-    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
-    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
-    query_mode: QueryMode = "auto"
 
 
-class SCD(Group):
+class SCD(ZerothOrder):
     """Zeroth-order stochastic coordinate descent, `ZO_SCD_mask`."""
 
     name: Literal["SCD"] = "SCD"
@@ -204,10 +205,6 @@ class SCD(Group):
     weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam; not for sign")
     dampening: float = Field(0.0, description="of torch.optim.SGD; not for sign")
     adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD; not for sign")
-    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
-    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
-    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
-    query_mode: QueryMode = "auto"
 
 
 class Mix(Group):

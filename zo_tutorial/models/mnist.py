@@ -14,7 +14,9 @@ from torch import Generator, Tensor, nn
 from zo_tutorial.tensor import TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
 from zo_tutorial.tensor.formats import whole_numbers
 
+Sizes = Sequence[int]
 PIXELS = 28 * 28
+IN, HIDDEN, OUT = (4, 7, 7, 4), (4, 4, 4, 4), (1, 5, 2, 1)  # factors of 784, of 256 hidden units, of 10
 CLASSES = 10
 TTM_LAYERS = {
     "TensorizedLinear_module": TensorizedLinear_module,
@@ -61,16 +63,10 @@ class MNIST_TTM(_TwoLayers):
     """
 
     def __init__(
-        self,
-        in_factors: Sequence[int] = (4, 7, 7, 4),
-        hidden_factors: Sequence[int] = (4, 4, 4, 4),
-        out_factors: Sequence[int] = (1, 5, 2, 1),
-        max_rank: int = 4,
-        bias: bool = False,
-        layer: str = "TensorizedLinear_module",
-        *,
+        self, in_factors: Sizes = IN, hidden_factors: Sizes = HIDDEN, out_factors: Sizes = OUT,
+        max_rank: int = 4, bias: bool = False, layer: str = "TensorizedLinear_module", *,
         generator: Generator | None = None,
-    ):
+    ):  # fmt: skip
         if layer not in TTM_LAYERS:
             raise ValueError(f"layer: {layer!r} is unknown; choose from {', '.join(TTM_LAYERS)}")
         hidden, make = prod(whole_numbers(hidden_factors)), TTM_LAYERS[layer]
@@ -83,27 +79,13 @@ class MNIST_TTM(_TwoLayers):
 class MNIST_TT(_TwoLayers):
     """784–256–10 with both weights in TT format, rank 20 lowered to the attainable: 10,685 parameters.
 
-    Args:
-        in_factors: p factors of 784.
-        hidden_factors: p factors of the hidden width.
-        out_factors: p factors of 10.
-        max_rank: bound for the ranks of both layers.
-        bias: whether both layers have a bias.
-
-    Raises:
-        ValueError: factors that do not fit.
+    Arguments and errors are those of `MNIST_TTM`.
     """
 
     def __init__(
-        self,
-        in_factors: Sequence[int] = (4, 7, 7, 4),
-        hidden_factors: Sequence[int] = (4, 4, 4, 4),
-        out_factors: Sequence[int] = (1, 5, 2, 1),
-        max_rank: int = 20,
-        bias: bool = False,
-        *,
-        generator: Generator | None = None,
-    ):
+        self, in_factors: Sizes = IN, hidden_factors: Sizes = HIDDEN, out_factors: Sizes = OUT,
+        max_rank: int = 20, bias: bool = False, *, generator: Generator | None = None,
+    ):  # fmt: skip
         super().__init__(
             TensorizedLinear(in_factors, hidden_factors, max_rank, bias, generator=generator),
             TensorizedLinear(hidden_factors, out_factors, max_rank, bias, generator=generator),

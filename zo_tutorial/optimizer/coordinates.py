@@ -54,30 +54,19 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     """
 
     def __init__(
-        self,
-        model: Callable,
-        criterion: Callable,
-        masks: dict[str, Tensor] | None,
+        self, model: Callable, criterion: Callable, masks: dict[str, Tensor] | None,
         lr: float = 0.1,
         grad_sparsity: float = 0.1,
         h_smooth: float = 0.001,
         grad_estimator: str = "sign",
         opt_layers_strs: Layers = [],  # noqa: B006 (never changed)
         STP: bool = True,
-        momentum: float = 0,
-        weight_decay: float = 0,
-        dampening: float = 0,
-        adam: bool = False,
-        beta_1: float = 0.9,
-        beta_2: float = 0.98,
-        eps: float = 1e-06,
+        momentum: float = 0, weight_decay: float = 0, dampening: float = 0,
+        adam: bool = False, beta_1: float = 0.9, beta_2: float = 0.98, eps: float = 1e-06,
         *,
-        rule: Rule | None = None,
-        parameters: Parameters | None = None,
-        generator: torch.Generator | None = None,
-        query_mode: str = "auto",
-        memory: float = 512,
-    ):
+        rule: Rule | None = None, parameters: Parameters | None = None,
+        generator: torch.Generator | None = None, query_mode: str = "auto", memory: float = 512,
+    ):  # fmt: skip
         if grad_estimator not in GRAD_ESTIMATORS:
             raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose from {', '.join(GRAD_ESTIMATORS)}")
         if not 0 <= grad_sparsity <= 1:

@@ -56,10 +56,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
     """
 
     def __init__(
-        self,
-        model: Callable,
-        criterion: Callable,
-        masks: dict[str, Tensor] | None,
+        self, model: Callable, criterion: Callable, masks: dict[str, Tensor] | None,
         lr: float = 0.01,
         sigma: float = 0.1,
         n_sample: int = 20,
@@ -69,16 +66,10 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         *,
         two_sided: bool = True,
         directions: str = "gaussian",
-        adam: bool = False,
-        beta_1: float = 0.9,
-        beta_2: float = 0.98,
-        eps: float = 1e-06,
-        rule: Rule | None = None,
-        parameters: Parameters | None = None,
-        generator: torch.Generator | None = None,
-        query_mode: str = "auto",
-        memory: float = 512,
-    ):
+        adam: bool = False, beta_1: float = 0.9, beta_2: float = 0.98, eps: float = 1e-06,
+        rule: Rule | None = None, parameters: Parameters | None = None,
+        generator: torch.Generator | None = None, query_mode: str = "auto", memory: float = 512,
+    ):  # fmt: skip
         if not 0 < sigma < inf:
             raise ValueError(f"sigma must be above 0 and finite, not {sigma}")
         if directions not in DIRECTIONS:

@@ -114,7 +114,8 @@ class Probe:
             return shifted * self.z.element_size() / MEMORY + vmapped(recording, asked, [], again)
         if kind == "descend":
             return SETUP / asked + 3 * looped(self.suffix.calls)
-        return vmapped(recording, asked, [], self.suffix.calls)
+        whole = 4 * self.z.numel() * self.z.element_size() / MEMORY  # each point has an output of its own
+        return whole + vmapped(recording, asked, [], self.suffix.calls)
 
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""

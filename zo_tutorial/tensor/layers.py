@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
 
 
+Sizes = Sequence[int]
+Ranks = int | Sequence[int]
+
+
 class _TensorLayer(nn.Module):
     """What the three layers share: `cores`, the parameters, and `core_shapes`, their shapes as the format has them."""
 
@@ -147,13 +151,7 @@ class TensorizedLinear(_TensorLayer):
         super().__init__(prod(factors[0]), prod(factors[1]), factors, "TensorTrain", rank, bias, generator)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        in_factors: Sequence[int],
-        out_factors: Sequence[int],
-        ranks: int | Sequence[int],
-    ) -> "Self":
+    def from_linear(cls, linear: nn.Linear, in_factors: Sizes, out_factors: Sizes, ranks: Ranks) -> "Self":
         """The TT layer nearest to a dense one that TT-SVD finds with these ranks; exact if they are high enough."""
         return cls(in_factors, out_factors, ranks, linear.bias is not None, generator=Generator())._take(linear)
 
@@ -192,12 +190,7 @@ class TensorizedLinear_module(_TensorLayer):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        in_factors: Sequence[int],
-        out_factors: Sequence[int],
-        ranks: int | Sequence[int],
-        tensor_type: str = "TensorTrainMatrix",
+        cls, linear: nn.Linear, in_factors: Sizes, out_factors: Sizes, ranks: Ranks, tensor_type="TensorTrainMatrix"
     ) -> "Self":
         """The layer nearest to a dense one that TT-SVD finds with these ranks; exact if they are high enough."""
         sizes, shape = (linear.in_features, linear.out_features), [in_factors, out_factors]
