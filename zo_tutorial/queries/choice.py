@@ -182,20 +182,17 @@ class Choice:
                 that does not is the user's own, and passes through. So does one that the plain model raises too.
         """
         try:
-            with self.evaluation.unharmed():
-                return ask(way)
+            return ask(way)
         except Unsuitable:
             raise
         except Exception as error:
             first = error
         try:
-            with self.evaluation.unharmed():
-                ask(way)
+            ask(way)
         except Unsuitable:
             pass
         except Exception:
-            with self.evaluation.unharmed():
-                self.evaluation.loss()
+            self.evaluation.loss()
             raise Unsuitable(str(first).partition("\n")[0] or type(first).__name__) from first
         raise first
 

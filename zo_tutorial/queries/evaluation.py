@@ -35,6 +35,8 @@ class Evaluation:
         self.targets: Any = None
         self.closure: Callable | None = None
         self._base: Tensor | None = None
+        self.state: RandomState | None = None  # of the global generators before the first pass of a round
+        self.ran = False  # whether a pass was made since the model was put back
         self.before: Snapshot | None = None
         self.after: Snapshot | None = None
         self.record_next = False  # whether a way has answered from a recording: the next step begins with one
@@ -67,7 +69,7 @@ class Evaluation:
     def base(self) -> Tensor:
         """The loss where the parameters stand."""
         if self._base is None:
-            with self.unharmed():
+            with self.fenced(), self.unharmed():
                 self._base = self.loss()
         return self._base
 
@@ -122,7 +124,10 @@ class Evaluation:
     def reset(self) -> None:
         """Put back what a pass begins from: attributes, buffers, random numbers; and what autocast remembers."""
         assert self.before is not None
+        self.ran = True
         self.before.restore()
+        if self.state is None:
+            self.state = RandomState()
         if self.draws:
             seed_everything(self.seed)
         torch.clear_autocast_cache()
@@ -132,21 +137,30 @@ class Evaluation:
     def unharmed(self) -> Iterator[None]:
         """Leave the model as the first pass of the step left it; where something is raised, as it was before that."""
         assert self.before is not None, "no batch is fixed: call start first"
-        left: Snapshot = self.before
+        left: Snapshot | None = self.before
         try:
             yield
-            left = self.after or left
+            left = self.after if self.ran else None
         finally:
-            left.restore()
+            if left is not None:
+                left.restore()
+            self.ran = False
 
     @contextmanager
-    def fenced(self) -> Iterator[RandomState]:
-        """Leave the global generators as they are now: the state that is given."""
-        state = RandomState()
+    def fenced(self, notice: bool = False) -> Iterator[None]:
+        """Leave the global generators as they are now; `notice` in `draws` if they were drawn from."""
+        outer = self.state
+        self.state = None
         try:
-            yield state
+            yield
         finally:
+            self._settle(outer, notice)
+
+    def _settle(self, outer: RandomState | None, notice: bool) -> None:
+        state, self.state = self.state, outer
+        if state is not None and state != RandomState():
             state.restore()
+            self.draws = self.draws or notice
 
     def _snapshot(self, earlier: Snapshot | None) -> Snapshot:
         """Of the model's modules, and of the criterion's, which may have a memory too."""
@@ -160,7 +174,7 @@ class Evaluation:
             Unsuitable: the pass cannot be recorded.
         """
         if self.recording is None:
-            with self.unharmed():
+            with self.fenced(), self.unharmed():
                 self._base = self._record(self.draws)[1]
         assert self.recording is not None
         if self.recording.broken:

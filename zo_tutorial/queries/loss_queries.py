@@ -19,7 +19,6 @@ from zo_tutorial.queries.choice import QUERY_MODES, Choice
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import version
 from zo_tutorial.queries.way import Index, Moves
-from zo_tutorial.randomness import RandomState
 from zo_tutorial.selection import layer_of
 
 
@@ -192,12 +191,14 @@ class LossQueries:
                 self._checked(torch.tensor(loss), f"with layer {self._layer(name)!r} perturbed")
             return loss
 
-        with _plain(), self.evaluation.unharmed(), self.evaluation.fenced() as state:
-            try:
-                loss = self.choice.descend(Moves(name, positions, shift, three_points, running, counted))
-            finally:
-                self.evaluation.moved()
-            if not self.evaluation.draws and state != RandomState():
+        evaluation, drew = self.evaluation, self.evaluation.draws
+        with _plain(), evaluation.unharmed():
+            with evaluation.fenced(notice=True):
+                try:
+                    loss = self.choice.descend(Moves(name, positions, shift, three_points, running, counted))
+                finally:
+                    evaluation.moved()
+            if evaluation.draws and not drew:
                 raise RuntimeError("the model draws random numbers at some points only, so they cannot be held fixed")
             return loss
 
@@ -205,9 +206,8 @@ class LossQueries:
         """The losses of a round, counted and checked."""
         evaluation, drew = self.evaluation, self.evaluation.draws
         with _plain(), evaluation.unharmed():
-            with evaluation.fenced() as state:
+            with evaluation.fenced(notice=True):
                 losses = ask()
-                evaluation.draws = evaluation.draws or state != RandomState()
             if evaluation.draws and not drew:  # at perturbed points only: again, with the same numbers for all
                 evaluation.moved()
                 with evaluation.fenced():
