@@ -170,6 +170,7 @@ class FO(Group):
 class ZerothOrder(Group):
     """What both zeroth-order optimisers take."""
 
+    name: str
     beta_1: Share = Field(0.9, description="of torch.optim.Adam")
     beta_2: Share = Field(0.98, description="of torch.optim.Adam")
     eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")

@@ -24,6 +24,7 @@ class Evaluation:
 
     Attributes:
         limit: bytes that a round of queries may use beside the model.
+        directions: bytes that the directions of the present round take.
     """
 
     def __init__(self, model: Callable, criterion: Callable, parameters: dict[str, Tensor], limit: float):
@@ -34,6 +35,7 @@ class Evaluation:
         self.inputs: Any = None
         self.targets: Any = None
         self.closure: Callable | None = None
+        self.directions = 0
         self._base: Tensor | None = None
         self.state: RandomState | None = None  # of the global generators before the first pass of a round
         self.ran = False  # whether a pass was made since the model was put back
@@ -182,10 +184,10 @@ class Evaluation:
         return self.recording
 
     def room(self) -> float:
-        """The bytes that the recording leaves."""
+        """The bytes that the recording and the directions leave."""
         if self.recorded().bytes > self.limit / 2:
             raise Unsuitable("the memory does not suffice for the recording of a forward pass")
-        return self.limit - self.recorded().bytes
+        return self.limit - self.recorded().bytes - self.directions
 
     @torch.no_grad()
     def move(self, name: str, positions: Tensor, shifts: list[float]) -> None:

@@ -31,7 +31,8 @@ class LossQueries:
     A round of queries leaves parameters, buffers, attributes, train/eval mode and the global random generators exactly
     as they were, also when the model or the criterion raises. (Not seen are memories outside of modules, criterion and
     plain objects that they hold, such as a global list; and changes within containers of more than 20,000 items, or
-    through `.data` to tensors of more than 262,144 numbers. Where these change the loss, the first step says so.)
+    through `.data` to tensors of more than 262,144 numbers. Where these change the loss at once, the first step says
+    so.)
 
     The modes differ in time, not in losses or counts, up to rounding. (Where a weight does not matter at all, such as a
     bias in front of a batch normalisation, rounding decides what `sign` does.)
@@ -163,9 +164,14 @@ class LossQueries:
             (S, n) losses; S·n queries.
         """
         given = Directions.of(directions) if isinstance(directions, Tensor) else directions
+        kept = None if isinstance(directions, Tensor) else given.matrix  # a tensor is the caller's own
+        self.evaluation.directions = 0 if kept is None else kept.numel() * kept.element_size()
         layers = dict.fromkeys(self._layer(name) for name in index)
         where = f"with layer {', '.join(map(repr, layers))} perturbed"
-        return self._round(lambda: self.choice.directions(index, given, scales), where)
+        try:
+            return self._round(lambda: self.choice.directions(index, given, scales), where)
+        finally:
+            self.evaluation.directions = 0
 
     def descend(self, name: str, positions: Tensor, shift: float, three_points: bool, running: float) -> float:
         """Move coordinates in place, one by one: the estimator `sign`.
