@@ -30,7 +30,7 @@ from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
-from zo_tutorial.queries.suffix import CACHE, CachedLayer
+from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
 
@@ -114,6 +114,8 @@ class Probe:
             return shifted * self.z.element_size() / MEMORY + vmapped(recording, asked, [], again)
         if kind == "descend":
             return SETUP / asked + 3 * looped(self.suffix.calls)
+        if self.points <= ONE_BY_ONE:
+            return SETUP / asked + looped(self.suffix.calls)
         whole = 4 * self.z.numel() * self.z.element_size() / MEMORY  # each point has an output of its own
         return whole + vmapped(recording, asked, [], self.suffix.calls)
 

@@ -27,6 +27,7 @@ ELEMENTWISE = RELU | {
     F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
 }  # fmt: skip
 HeadLayer = nn.Linear | nn.Conv2d | TensorLayer
+ONE_BY_ONE = 3  # so few points are run without vmap
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
 
 
@@ -55,7 +56,7 @@ class Suffix:
 
     def replayed(self, z: Tensor) -> Tensor:
         """(K,) losses for K outputs of the layer's own shape."""
-        if len(z) <= 3:  # cheaper one by one
+        if len(z) <= ONE_BY_ONE:
             return torch.stack([self._loss(point).reshape(()) for point in z])
         return vmap(self._loss, randomness="same")(z).reshape(-1)
 
