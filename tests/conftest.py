@@ -35,6 +35,18 @@ def make_net(kind: str, dropout: float = 0.0) -> nn.Sequential:
     return net.double().train()
 
 
+class Decides(nn.Module):
+    """vmap cannot run it, and a recording cannot follow it: a value decides in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.linear(x)
+        return z * 2 if z.sum().item() > 0 else z
+
+
 @pytest.fixture(params=LAYERS)
 def kind(request) -> str:
     return request.param

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_net
+from conftest import Decides, make_net
 from torch import nn
 
 from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
@@ -431,18 +431,6 @@ def test_a_criterion_that_reads_the_weights_is_seen(batch):
     model = Twice().double()
     ways = compare(model, batch, "auto", penalised(model))
     assert ("coordinates", "batched") in ways and ("coordinates", "structured") in ways
-
-
-class Decides(nn.Module):
-    """vmap cannot run it: a value decides in Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-
-    def forward(self, x):
-        z = self.linear(x)
-        return z * 2 if z.sum().item() > 0 else z
 
 
 class Numpy(Decides):

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import Decides
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -1085,18 +1086,6 @@ def test_the_report_tells_which_way_answers(mode, expected, batch):
     optimizer = ZO_SCD_mask(two_layers(), cross_entropy, None, **EXACT, query_mode=mode)
     optimizer.step(*batch)
     assert expected in optimizer.report()
-
-
-class Decides(nn.Module):
-    """vmap cannot run it, and a recording cannot follow it."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-
-    def forward(self, x):
-        z = self.linear(x)
-        return z * 2 if z.sum().item() > 0 else z
 
 
 def test_the_report_tells_why_the_loop_answers(batch):

@@ -12,7 +12,16 @@ from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import Layers, Parameters, kept_positions, layer_of, names_of, select_parameters
 
 Rule = Callable[..., torch.optim.Optimizer]  # makes an update rule: rule(parameters, lr=lr)
-ABSENT: Any = object()  # no targets are given, which is not the same as None
+
+
+class _Absent:
+    """No targets are given, which is not the same as None."""
+
+    def __repr__(self) -> str:
+        return "(none)"
+
+
+ABSENT: Any = _Absent()
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
