@@ -59,6 +59,10 @@ class Directions:
             return self.matrix[start:stop]
         return torch.stack([torch.cat([piece for _, piece in self.pieces(i)]) for i in range(start, stop)])
 
+    def part(self, start: int, stop: int) -> "Directions":
+        """Some of the directions, as directions of their own."""
+        return Directions.of(self.rows(start, stop))
+
     def pieces(self, i: int) -> Iterator[tuple[int, Tensor]]:
         """The i-th direction in pieces: where each begins, and its numbers."""
         if self.matrix is not None:

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from zo_tutorial.directions import DIRECTIONS
+from zo_tutorial.estimators import BASELINES, check_baseline
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
+from zo_tutorial.optimizer.directions import KINDS
 from zo_tutorial.queries import QUERY_MODES
 from zo_tutorial.selection import LAYER_TYPES
 
@@ -188,8 +189,22 @@ class SGD(ZerothOrder):
     layer_by_layer: bool = Field(False, description="perturb one layer at a time, with n_sample directions each")
     opt_layers_strs: LayerTypes = []
     two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
-    directions: Annotated[str, In(DIRECTIONS)] = Field("gaussian", description="distribution of the directions")
+    baseline: Annotated[str, In(BASELINES)] = Field(
+        "unperturbed",
+        exclude_if=lambda baseline: baseline == "unperturbed",  # as above, for the hashes
+        description="of one-sided differences; leave_one_out: the mean of the other losses",
+    )
+    directions: Annotated[str, In(KINDS)] = Field("gaussian", description="distribution of the directions")
+    rank: int = Field(1, ge=1, exclude_if=lambda rank: rank == 1, description="of low_rank directions")
     adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
+
+    @model_validator(mode="after")
+    def _baseline_fits(self):
+        try:
+            check_baseline(self.baseline, self.two_sided, self.n_sample)
+        except ValueError as error:
+            raise PydanticCustomError("baseline", "{error}", {"error": str(error)}) from None
+        return self
 
 
 class SCD(ZerothOrder):

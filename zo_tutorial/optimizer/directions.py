@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 
 from zo_tutorial.directions import DIRECTIONS, Directions
+from zo_tutorial.estimators import above_baseline, check_baseline
+from zo_tutorial.low_rank import LowRank
 from zo_tutorial.optimizer.base import Rule, ZerothOrderOptimizer, torch_rule, whole_number
 from zo_tutorial.selection import Layers, Parameters
+
+KINDS = (*DIRECTIONS, "low_rank")
 
 
 class ZO_SGD_mask(ZerothOrderOptimizer):
     """Stochastic gradient descent on a random-direction estimate of the gradient (Nesterov and Spokoiny, 2017).
 
     Two-sided: ĝ = 1/n Σ_i (L(θ+σu_i) − L(θ−σu_i)) / 2σ · u_i, 2n+1 queries a step.
-    One-sided: ĝ = 1/n Σ_i (L(θ+σu_i) − L(θ)) / σ · u_i, n+1 queries a step.
+    One-sided: ĝ = 1/n Σ_i (L(θ+σu_i) − b_i) / σ · u_i, n+1 queries a step, with a baseline b_i: L(θ), or under
+    "leave_one_out" the mean of the other L(θ+σu_j).
     With `layer_by_layer` each layer has its own n directions, drawn and evaluated while the others stand still:
     2n (one-sided n) queries a layer, and one. Chapter 2 derives the estimate, chapter 3 the optimiser.
 
@@ -31,8 +36,11 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         layer_by_layer: estimate the layers in turn, all around the same θ.
         opt_layers_strs: a layer type or a list of them, by name: nn.Linear, nn.Conv2d, TensorizedLinear,
             TensorizedLinear_module, TensorizedLinear_module_tonn; or a class of modules. None named: all of these.
-        two_sided: difference of θ+σu and θ−σu, else of θ+σu and θ.
-        directions: "gaussian", "rademacher" or "orthogonal".
+        two_sided: difference of θ+σu and θ−σu, else of θ+σu and the baseline.
+        baseline: "unperturbed" or "leave_one_out", of one-sided differences.
+        directions: "gaussian", "rademacher", "orthogonal", or "low_rank": a matrix U = A Bᵀ/√r for every weight, whose
+            queries of dense layers share the product with the weight (Sarkar et al., 2025; chapter 9).
+        rank: r of low-rank directions.
         adam: use torch.optim.Adam, with `beta_1`, `beta_2`, `eps`, instead of torch.optim.SGD.
         rule: another update rule, called as rule(parameters, lr=lr): a class of torch.optim, or a `functools.partial`
             of one with its options.
@@ -65,17 +73,21 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         opt_layers_strs: Layers = [],  # noqa: B006 (never changed)
         *,
         two_sided: bool = True,
+        baseline: str = "unperturbed",
         directions: str = "gaussian",
+        rank: int = 1,
         adam: bool = False, beta_1: float = 0.9, beta_2: float = 0.98, eps: float = 1e-06,
         rule: Rule | None = None, parameters: Parameters | None = None,
         generator: torch.Generator | None = None, query_mode: str = "auto", memory: float = 512,
     ):  # fmt: skip
         if not 0 < sigma < inf:
             raise ValueError(f"sigma must be above 0 and finite, not {sigma}")
-        if directions not in DIRECTIONS:
-            raise ValueError(f"directions {directions!r} are unknown; choose one of {', '.join(DIRECTIONS)}")
+        if directions not in KINDS:
+            raise ValueError(f"directions {directions!r} are unknown; choose one of {', '.join(KINDS)}")
+        check_baseline(baseline, two_sided, n_sample)
         self.sigma, self.n_sample, self.signSGD = sigma, whole_number("n_sample", n_sample), signSGD
-        self.two_sided, self.directions, self.layer_by_layer = two_sided, directions, layer_by_layer
+        self.two_sided, self.baseline, self.layer_by_layer = two_sided, baseline, layer_by_layer
+        self.directions, self.rank = directions, whole_number("rank", rank)
         self.room = memory * 1e6 / 2  # bytes for the directions
         made = torch_rule(rule, adam, (beta_1, beta_2), eps)
         super().__init__(
@@ -95,11 +107,18 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
 
     def _estimate(self, index: dict[str, Tensor | range], loss: Tensor) -> Tensor:
         """ĝ of the coordinates in `index`, all others unperturbed: (d,)."""
-        d = sum(map(len, index.values()))
-        u = Directions(self.n_sample, d, self.directions, self.generator, self.room)  # the rows of (n, d)
+        d, parameters = sum(map(len, index.values())), [self.trained[name] for name in index]
+        u: Directions  # the rows of (n, d)
+        if self.directions == "low_rank":
+            u = LowRank(self.n_sample, parameters, list(index.values()), self.rank, self.generator)
+        else:
+            u = Directions(self.n_sample, d, self.directions, self.generator, self.room)
         scales = [self.sigma, -self.sigma] if self.two_sided else [self.sigma]
         losses = self.loss_queries.directions(index, u, scales)  # (2 or 1, n)
-        slopes = (losses[0] - losses[1]) / (2 * self.sigma) if self.two_sided else (losses[0] - loss) / self.sigma
+        if self.two_sided:
+            slopes = (losses[0] - losses[1]) / (2 * self.sigma)
+        else:
+            slopes = above_baseline(losses[0], loss, self.baseline) / self.sigma
         return u.combined(slopes).div_(u.n)  # 1/n Σ_i slope_i u_i
 
     def update(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries.batched import Batched
 from zo_tutorial.queries.cost import MARGIN
 from zo_tutorial.queries.evaluation import Evaluation
@@ -61,7 +62,7 @@ class Choice:
 
         def check(way: Way, losses: Tensor) -> bool:
             # along the first direction: as far as was asked, and as far as the weights are large
-            first = Directions.of(directions.rows(0, 1))
+            first = directions.part(0, 1)
             far = _size([self.evaluation.parameters[name] for name in index])
             mine = torch.stack([losses[0, 0], way.directions(index, first, [far])[0, 0]])
             return self._same(mine, self.loop.directions(index, first, [scales[0], far])[:, 0])
@@ -69,7 +70,8 @@ class Choice:
         def ask(way: Way) -> Tensor:
             return way.directions(index, directions, scales)
 
-        return self._answer("directions", index, directions.n, ask, check)
+        kind = "low-rank directions" if isinstance(directions, LowRank) else "directions"
+        return self._answer(kind, index, directions.n, ask, check)
 
     def descend(self, moves: Moves) -> float:
         """`Way.descend`, by the way that is right and cheapest for coordinates."""
@@ -98,7 +100,7 @@ class Choice:
         """What the cheapest valid way answers to `ask`; once it is trusted, to `then`, if that is given.
 
         Args:
-            kind: of round, a method of `Way`.
+            kind: of round: a method of `Way`, or "low-rank directions".
             index: the positions that are asked for, by parameter.
             asked: how many points the round asks about with each shift or scale.
             check: from a way and its answer to whether this could be compared with the loop; raises if they differ.

@@ -6,16 +6,20 @@ The first dense layer sees the same input at every perturbed point, and so
 
 where U has the zeros of the mask: for few kept weights the product is sparse. What comes before the perturbed layers
 is not computed again; those behind the first run with a copy of their parameters for each point, many points in one
-call of `torch.func.vmap` (chapter 9).
+call of `torch.func.vmap`. Where U = A Bᵀ is of low rank, no dense layer needs a copy: the points share X Wᵀ, and each
+adds its σ (X B) Aᵀ (chapter 9).
 """
 
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries.cost import product, vmapped
 from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
 from zo_tutorial.queries.sensitivity import units_back, units_first
@@ -30,13 +34,21 @@ class Directional:
     Args:
         index: {(layer, name within it): the flat positions that take part}, in the order of the directions' columns.
         limit: bytes that may be used at once.
+        low_rank: whether the directions are `LowRank`.
+
+    Attributes:
+        shared: the parameters whose low-rank directions stay in factors.
 
     Raises:
-        Unsuitable: the recording does not tell, or no dense layer comes first: then there is nothing to gain.
+        Unsuitable: the recording does not tell, or there is nothing to gain: no dense layer comes first or has factors.
     """
 
-    def __init__(self, recording: Recording, index: dict[tuple[nn.Module, str], Index], limit: float):
+    def __init__(
+        self, recording: Recording, index: dict[tuple[nn.Module, str], Index], limit: float, low_rank: bool = False
+    ):
         self.recording, self.index, self.limit = recording, index, limit
+        whole = [key for key, positions in index.items() if low_rank and isinstance(positions, range)]
+        self.shared = {(layer, name) for layer, name in whole if isinstance(layer, nn.Linear) and name == "weight"}
         perturbed = [call for call in recording.calls if call.layer in {layer for layer, _ in index}]
         for layer, _ in index:
             recording.call_of(layer)
@@ -47,43 +59,53 @@ class Directional:
         if not all(map(recording.undisturbed, starts)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
-        if not self.dense:
+        if not self.dense and not self.shared:
             raise Unsuitable("no dense layer comes first")
         others = [call for call in starts if call.layer not in self.dense]
         self.calls = sorted(recording.after(*starts) + others, key=recording.calls.index)
 
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
         """L(θ + s u) for S scales and n directions: (S, n)."""
-        parameters = [layer.get_parameter(name) for layer, name in self.index]
+        parameters = [layer.get_parameter(name) for layer, name in self.index.keys() - self.shared]
         each = len(scales) * 2 * self.recording.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
         if each > self.limit:
             raise Unsuitable("the memory does not suffice for one direction")
         portion = max(1, int(min(self.limit / each, AT_ONCE / (len(scales) * self.recording.bytes))))
         starts = range(0, directions.n, portion)
-        rows = (directions.rows(start, min(start + portion, directions.n)) for start in starts)
-        return torch.cat([self._losses(u, scales) for u in rows], 1)
+        parts = (directions.part(start, min(start + portion, directions.n)) for start in starts)
+        return torch.cat([self._losses(part, scales) for part in parts], 1)
 
     def seconds(self, asked: int) -> float:
         """An estimate of what a query takes."""
-        weights = {layer: positions for (layer, name), positions in self.index.items() if name != "bias"}
-        first = sum(product(layer, call, len(weights.get(layer, ()))) for layer, call in self.dense.items())
-        copied = [layer.get_parameter(name) for layer, name in self.index if layer not in self.dense]
+        kept = {layer: len(positions) for (layer, name), positions in self.index.items() if name != "bias"}
+        kept |= {layer: sum(layer.weight.shape) for layer, _ in self.shared}  # multiply-adds of rank 1
+        first = sum(product(layer, call, kept.get(layer, 0)) for layer, call in self.dense.items())
+        own = self.index.keys() - self.shared
+        copied = [layer.get_parameter(name) for layer, name in own if layer not in self.dense]
         return first + vmapped(self.recording, asked, copied, self.calls)
 
-    def _losses(self, directions: Tensor, scales: list[float]) -> Tensor:
+    def _losses(self, directions: Directions, scales: list[float]) -> Tensor:
         outputs: dict[nn.Linear, Tensor] = {}
         parameters: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        for ((layer, name), positions), u in zip(self.index.items(), pieces_of(self.index, directions), strict=True):
+        factors: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for ((layer, name), positions), part in zip(self.index.items(), self._split(directions), strict=True):
             if isinstance(layer, nn.Linear) and layer in self.dense:
-                u = u.to(layer.weight)
-                z = _linear_change(layer, name, positions, u, self.dense[layer].args[0])  # (n, out, R) or (n, out, 1)
+                x = self.dense[layer].args[0]
+                if isinstance(part, Tensor):
+                    z = _linear_change(layer, name, positions, part.to(layer.weight), x)  # (n, out, R) or (n, out, 1)
+                else:
+                    a, b = part
+                    z = a @ (b.mT @ units_first(layer, x))  # (n, out, r) @ (n, r, R)
                 outputs[layer] = outputs[layer] + z if layer in outputs else z
-                continue
-            parameter = layer.get_parameter(name)
-            points = copies(parameter, len(scales) * len(u))  # (S n, *shape)
-            for part, scale in zip(points.flatten(1).view(len(scales), len(u), -1), scales, strict=True):
-                add_at(part, positions, u, scale)
-            parameters.setdefault(layer, []).append((parameter, points))
+            elif isinstance(part, Tensor):
+                parameter = layer.get_parameter(name)
+                points = copies(parameter, len(scales) * len(part))  # (S n, *shape)
+                for some, scale in zip(points.flatten(1).view(len(scales), len(part), -1), scales, strict=True):
+                    add_at(some, positions, part, scale)
+                parameters.setdefault(layer, []).append((parameter, points))
+            else:
+                a, b = part
+                factors[layer] = torch.cat([scale * a for scale in scales]), torch.cat([b for _ in scales])  # (S n, …)
         values = {}
         for layer, change in outputs.items():
             call = self.dense[layer]
@@ -93,14 +115,32 @@ class Directional:
 
         copied = {layer: [points for _, points in pairs] for layer, pairs in parameters.items()}
 
-        def loss(values, copied):
+        def loss(values, copied, factors):
+            added: dict[nn.Module, Callable] = {layer: partial(_change, *pair) for layer, pair in factors.items()}
             pairs = {
                 layer: [(old, new) for (old, _), new in zip(parameters[layer], points, strict=True)]
                 for layer, points in copied.items()
             }
-            return self.recording.replay(self.calls, values, pairs).reshape(())
+            return self.recording.replay(self.calls, values, pairs, added).reshape(())
 
-        return vmap(loss, randomness="same")(values, copied).view(len(scales), directions.shape[0])
+        return vmap(loss, randomness="same")(values, copied, factors).view(len(scales), directions.n)
+
+    def _split(self, directions: Directions) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """The directions of each parameter: numbers (n, K), or factors A (n, out, r) and B (n, in, r)."""
+        if not isinstance(directions, LowRank):
+            yield from pieces_of(self.index, directions.rows(0, directions.n))
+            return
+        for k, (layer, name) in enumerate(self.index):
+            if (layer, name) in self.shared:
+                a, b = (factor.to(layer.get_parameter(name)) for factor in directions.factors[k])
+                yield a, b
+            else:
+                yield directions.of_parameter(k)
+
+
+def _change(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """What W + A Bᵀ gives more than W: (X B) Aᵀ, (..., out)."""
+    return (x @ b) @ a.mT
 
 
 def _linear_change(layer: nn.Linear, name: str, positions: Index, u: Tensor, x: Tensor) -> Tensor:

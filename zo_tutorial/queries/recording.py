@@ -234,16 +234,26 @@ class Recording(TorchFunctionMode):
             calls.append(call)
         return calls
 
-    def replay(self, calls: list[Call], values: dict[int, Tensor], parameters: dict | None = None) -> Tensor:
+    def replay(
+        self,
+        calls: list[Call],
+        values: dict[int, Tensor],
+        parameters: dict | None = None,
+        added: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
         """The loss when `calls` run again.
 
         Args:
             values: {id of a recorded tensor: the one to put in its place}.
             parameters: {layer: [(its parameter, the one to put in its place)]}.
+            added: {layer: what to add to its output, from its input}.
         """
         values = dict(values)
         for call in calls:
-            results = tensors_in(call.again(values, parameters))
+            result = call.again(values, parameters)
+            if added and call.layer in added:
+                result = result + added[call.layer](_replace(call.args, values)[0])
+            results = tensors_in(result)
             values.update(zip(map(id, call.results), results, strict=True))
         return values.get(id(self.loss), self.loss)
 

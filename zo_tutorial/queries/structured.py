@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.directions import Directions
+from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries.cost import MEMORY, SETUP, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
@@ -46,20 +47,20 @@ class Structured:
         return self.evaluation.base + probe.look(index, shifts)
 
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
-        return self._directional(index).losses(directions, scales)
+        return self._directional(index, isinstance(directions, LowRank)).losses(directions, scales)
 
     def descend(self, moves: Moves) -> float:
         return descend_ahead(self.evaluation, Walk(self._probe(moves.name), moves.positions, moves.shift), moves)
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
-        if kind == "directions":
-            return self._directional(index).seconds(asked)
+        if kind in ("directions", "low-rank directions"):
+            return self._directional(index, kind == "low-rank directions").seconds(asked)
         recording = self.evaluation.recorded()
         return sum(self._probe(name).seconds(recording, kind, asked) for name in index)
 
-    def _directional(self, index: dict[str, Index]) -> Directional:
+    def _directional(self, index: dict[str, Index], low_rank: bool) -> Directional:
         layers = {self._layer(name): positions for name, positions in index.items()}
-        return Directional(self.evaluation.recorded(), layers, self.evaluation.room())
+        return Directional(self.evaluation.recorded(), layers, self.evaluation.room(), low_rank)
 
     def _probe(self, name: str) -> "Probe":
         layer, parameter = self._layer(name)

@@ -49,7 +49,8 @@ class Way(Protocol):
         ...
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
-        """An estimate of what a query takes, in a round of so many "coordinates" or "directions" (`cost`)."""
+        """An estimate of what a query takes, in a round of so many "coordinates", "directions" or "low-rank
+        directions" (`cost`)."""
         ...
 
 
