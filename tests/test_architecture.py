@@ -14,7 +14,7 @@ LONGEST = 350  # lines
 # A unit imports from those of earlier lines only. The package itself gathers the names that users import.
 ARROWS = [
     {"data", "tensor", "directions", "randomness", "substitution", "temperature", "exercises", "viz"},
-    {"models", "selection"},
+    {"models", "selection", "low_rank"},
     {"queries"},
     {"estimators"},
     {"optimizer", "pruning"},

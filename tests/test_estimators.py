@@ -11,6 +11,7 @@ from zo_tutorial.estimators import (
     three_point_sign,
     two_point_sign,
 )
+from zo_tutorial.low_rank import LowRank
 
 
 def generator(seed=0):
@@ -57,13 +58,93 @@ def test_error_on_a_linear_function(kind, sign, n):
     assert (torch.stack(shots) - g).square().sum(1).mean() / g.square().sum() * n == pytest.approx(d + sign, rel=0.15)
 
 
-def test_cosine_law():
-    """cos² ≈ n/(n+d+1) for Gaussian directions."""
-    d, n, draws = 50, 25, generator(3)
-    g = torch.randn(d, generator=generator(7))
-    estimates = [estimate_gradient(lambda x: x @ g, torch.zeros(d), 0.1, n, generator=draws) for _ in range(500)]
-    cosine = torch.cosine_similarity(torch.stack(estimates), g[None], dim=1)
-    assert cosine.square().mean() == pytest.approx(n / (n + d + 1), rel=0.05)
+@pytest.mark.parametrize("d, n", [(50, 25), (5, 5), (8, 1)])
+def test_cosine_law(d, n):
+    """cos² ~ Beta(n/2, (d−1)/2) for Gaussian directions: its mean n/(n+d−1), and its variance."""
+    draws, g = generator(3), torch.randn(d, generator=generator(7))
+    estimates = [estimate_gradient(lambda x: x @ g, torch.zeros(d), 0.1, n, generator=draws) for _ in range(3000)]
+    square = torch.cosine_similarity(torch.stack(estimates), g[None], dim=1).square()
+    law = torch.distributions.Beta(n / 2, (d - 1) / 2)
+    assert square.mean() == pytest.approx(law.mean.item(), abs=5 * law.stddev.item() / 3000**0.5)
+    assert square.std() == pytest.approx(law.stddev.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("n", [2, 10])
+@pytest.mark.parametrize("level", [0.0, 1e3])
+def test_leave_one_out_error_on_a_linear_function(n, level):
+    """E‖ĝ−g‖² = (d+1)/(n−1) ‖g‖², whatever the level of the loss; n queries."""
+    d, draws, asked = 30, generator(8), []
+    g = torch.randn(d, generator=generator(7), dtype=torch.float64)
+
+    def loss(x):
+        asked.append(len(x))
+        return level + x @ g
+
+    def shot():
+        options = dict(two_sided=False, baseline="leave_one_out", generator=draws)
+        return estimate_gradient(loss, torch.zeros(d, dtype=torch.float64), 0.1, n, **options)
+
+    shots = torch.stack([shot() for _ in range(3000)])
+    assert sum(asked) == 3000 * n
+    assert (shots - g).square().sum(1).mean() / g.square().sum() * (n - 1) == pytest.approx(d + 1, rel=0.15)
+    assert (shots.mean(0) - g).norm() < 5 * ((d + 1) / (n - 1) / 3000) ** 0.5 * g.norm()  # unbiased
+
+
+def test_baselines_that_do_not_fit_are_refused():
+    def ask(**options):
+        estimate_gradient(lambda x: x.sum(-1), torch.zeros(3), 0.1, **options)
+
+    with pytest.raises(ValueError, match="two_sided=False"):
+        ask(baseline="leave_one_out")
+    with pytest.raises(ValueError, match="at least 2"):
+        ask(baseline="leave_one_out", two_sided=False, n_sample=1)
+    with pytest.raises(ValueError, match="unperturbed, leave_one_out"):
+        ask(baseline="mean", two_sided=False)
+
+
+SHAPES = [(4, 3), (5,), (2, 3, 2)]  # a matrix, a bias, a convolution or a core
+
+
+def low_rank(n, rank, draws, positions=None):
+    parameters = [torch.zeros(shape) for shape in SHAPES]
+    return LowRank(n, parameters, positions or [range(p.numel()) for p in parameters], rank, draws)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_directions_are_isotropic_and_of_their_rank(rank):
+    u = low_rank(40_000, rank, generator())
+    rows = u.rows(0, u.n)  # (n, 12 + 5 + 12)
+    assert rows.shape == (40_000, 29)
+    assert (rows.T @ rows / u.n - torch.eye(29)).abs().max() < 0.08 and rows.mean(0).abs().max() < 0.03
+    assert torch.linalg.matrix_rank(rows[7, :12].view(4, 3)) == min(rank, 3)
+    assert torch.linalg.matrix_rank(rows[7, 17:].view(2, 6)) == min(rank, 2)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_low_rank_error_on_a_linear_function(rank):
+    """E‖ĝ‖² for one direction: (d+2) ‖g‖² + 2/r Σ_l (out_l + in_l + 1) ‖G_l‖² over the matrices."""
+    u = low_rank(400_000, rank, generator(1))
+    g = torch.randn(29, generator=generator(2))
+    rows = u.rows(0, u.n)
+    measured = ((rows @ g).square() * rows.square().sum(1)).mean()
+    first, _, last = g.split([12, 5, 12])
+    extra = (4 + 3 + 1) * first.square().sum() + (2 + 6 + 1) * last.square().sum()
+    assert measured == pytest.approx(((29 + 2) * g.square().sum() + 2 / rank * extra).item(), rel=0.05)
+
+
+def test_low_rank_pieces_sums_and_parts_are_the_rows():
+    positions = [torch.tensor([0, 5, 7, 11]), range(5), torch.tensor([3])]
+    u = low_rank(6, 2, generator(3), positions)
+    rows, weights = u.rows(0, 6), torch.randn(6, generator=generator(4))
+    assert rows.shape == (6, 10)
+    for i in range(6):
+        pieces = dict(u.pieces(i))
+        assert list(pieces) == [0, 4, 9]
+        torch.testing.assert_close(torch.cat(list(pieces.values())), rows[i])
+    torch.testing.assert_close(u.combined(weights), weights @ rows)
+    torch.testing.assert_close(u.part(2, 4).rows(1, 2), rows[3:4])
+    whole = low_rank(6, 2, generator(3)).rows(0, 6)
+    torch.testing.assert_close(rows, whole[:, [0, 5, 7, 11, *range(12, 17), 17 + 3]])
 
 
 def test_the_mean_is_the_gradient_of_the_smoothed_loss():

@@ -21,6 +21,8 @@ OPTIMIZERS = {
     "sgd one-sided": (ZO_SGD_mask, SGD | dict(two_sided=False)),
     "sgd rademacher": (ZO_SGD_mask, SGD | dict(directions="rademacher")),
     "sgd orthogonal": (ZO_SGD_mask, SGD | dict(directions="orthogonal")),
+    "sgd low rank": (ZO_SGD_mask, SGD | dict(directions="low_rank", rank=2)),
+    "sgd leave-one-out": (ZO_SGD_mask, SGD | dict(two_sided=False, baseline="leave_one_out")),
     "signSGD": (ZO_SGD_mask, SGD | dict(signSGD=True)),
     "sgd layer by layer": (ZO_SGD_mask, SGD | dict(layer_by_layer=True)),
     "sgd adam": (ZO_SGD_mask, SGD | dict(adam=True)),
@@ -141,6 +143,7 @@ def test_queries_are_counted_exactly(method, kind, batch):
     d, layers = sum(p.numel() for p in optimizer.trained.values()), len(optimizer.layers)
     expected = {
         "sgd one-sided": 1 + 3,
+        "sgd leave-one-out": 1 + 3,
         "sgd layer by layer": 1 + layers * 2 * 3,
         "esti one-sided": 1 + d,
         "batch": 1 + d,
@@ -483,6 +486,10 @@ NOTHING = [(0, "weight", (6, 6)), (0, "bias", 6), (4, "weight", (3, 6)), (4, "bi
         (ZO_SGD_mask, dict(n_sample=0), "n_sample"),
         (ZO_SGD_mask, dict(lr=-1.0), "learning rate"),
         (ZO_SGD_mask, dict(directions="sideways"), "directions"),
+        (ZO_SGD_mask, dict(directions="low_rank", rank=0), "rank"),
+        (ZO_SGD_mask, dict(baseline="mean", two_sided=False), "baseline"),
+        (ZO_SGD_mask, dict(baseline="leave_one_out"), "two_sided=False"),
+        (ZO_SGD_mask, dict(baseline="leave_one_out", two_sided=False, n_sample=1), "n_sample"),
         (ZO_SGD_mask, dict(query_mode="fast"), "query_mode"),
         (ZO_SCD_mask, dict(grad_estimator="exact"), "sign, batch, esti"),
         (ZO_SCD_mask, dict(grad_sparsity=1.5), "grad_sparsity"),

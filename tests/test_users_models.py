@@ -1927,7 +1927,7 @@ def test_a_model_may_change_its_type_after_the_optimizer_is_made(method, batch):
     assert all(map(torch.equal, *results)) and results[0][0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("directions", ["gaussian", "rademacher", "orthogonal"])
+@pytest.mark.parametrize("directions", ["gaussian", "rademacher", "orthogonal", "low_rank"])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_type_of_torch_does_not_touch_the_directions(directions, default, batch):
     """Without a component along itself no direction would tell the slope: ĝ·u averages to g·u over many."""

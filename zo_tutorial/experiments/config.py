@@ -164,6 +164,9 @@ def explain(error: ErrorDetails) -> str:
         case "unknown_key":
             where.append(context["key"])
             message = error["msg"]
+        case "baseline":
+            where.append("baseline")
+            message = error["msg"]
         case "missing":
             message = "is missing"
         case "union_tag_not_found":
