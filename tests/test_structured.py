@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import Decides, make_net
 from torch import nn
 
-from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module
+from zo_tutorial import MNIST_CNN, MNIST_FC, MNIST_TT, MNIST_TTM, TensorizedLinear_module, ZO_SGD_mask
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.queries.suffix import ConvolutionHead
 from zo_tutorial.selection import select_parameters
@@ -592,3 +592,61 @@ def test_memory_must_be_positive():
         LossQueries(nn.Linear(1, 1), F.cross_entropy, {}, memory=0)
 
 
+
+
+# ---- low-rank directions
+
+
+class Attention(nn.Module):
+    """Queries, keys and values read one input; a bias, a norm and a convolution stand between dense layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.norm, self.conv, self.head = nn.LayerNorm(6), nn.Conv1d(6, 6, 1), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):  # (B, 6) as sequences of 6 words
+        x = x.unsqueeze(2) * torch.linspace(-1, 1, 6, dtype=x.dtype)  # (B, 6, 6)
+        weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        x = self.norm(x + self.out(weights @ self.v(x)))
+        return self.head(self.conv(x.mT).relu().mean(-1))
+
+
+FIRST, LATER = ["q.weight", "k.weight", "head.weight"], ["out.weight", "conv.weight"]
+
+
+@pytest.mark.parametrize("chosen", [None, FIRST, LATER, "masks"])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_low_rank_directions_share_the_product_of_a_dense_layer(chosen, rank, dropout, batch):
+    """Same estimate as in the loop, in double precision, whether layers come first, later, or are masked."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(6, 6), nn.Dropout(dropout), Attention()).double()
+    names = [f"2.{name}" for name in chosen] if isinstance(chosen, list) else [n for n, _ in start.named_parameters()]
+    masks = {"2.out.weight": torch.arange(36).view(6, 6) % 3 > 0} if chosen == "masks" else None
+    estimates = []
+    for mode in ("loop", "batched", "structured"):
+        model = copy.deepcopy(start)
+        optimizer = ZO_SGD_mask(
+            model, F.cross_entropy, masks, sigma=0.1, n_sample=9, directions="low_rank", rank=rank, parameters=names,
+            query_mode=mode, generator=torch.Generator().manual_seed(4),
+        )  # fmt: skip
+        optimizer.estimate(*batch)
+        assert {way for way, _ in optimizer.loss_queries.ways().values()} == {mode}
+        estimates.append(torch.cat([p.grad.flatten() for p in optimizer.trained.values()]))
+    torch.testing.assert_close(estimates[1], estimates[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(estimates[2], estimates[0], rtol=1e-9, atol=1e-12)
+
+
+def test_low_rank_points_need_no_copy_of_a_dense_weight(batch):
+    """50 points of a net of 1.6 million weights (6.4 MB) within 20 MB: by factors, where Gaussian ones do not fit."""
+    model = nn.Sequential(nn.Linear(6, 400), nn.Tanh(), nn.Linear(400, 4000), nn.Tanh(), nn.Linear(4000, 3))
+    x, y = batch[0].float(), batch[1]
+
+    def ask(kind):
+        options = dict(sigma=0.1, n_sample=25, query_mode="structured", memory=20)
+        ZO_SGD_mask(model, F.cross_entropy, None, directions=kind, **options).step(x, y)
+
+    ask("low_rank")
+    with pytest.raises(RuntimeError, match="memory"):
+        ask("gaussian")

@@ -2,10 +2,10 @@
 
 For each model, method and query mode one step is timed, all of them in turn, again and again; the medians are compared
 with a first-order step (forward, backward, Adam) of the same model and with the loop. esti, batch and sign skip no
-coordinate and look to both sides; SGD takes 20 two-sided directions. Public libraries can be timed beside them, on the
-same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`. `bench --others` times "auto" on models of other kinds,
-all of their parameters trained: what its estimate of the work chooses should never be slower than the loop. Chapter 9
-shows the result.
+coordinate and look to both sides; SGD takes 20 two-sided directions, Gaussian or, "low rank", of rank 1. Public
+libraries can be timed beside them, on the same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`.
+`bench --others` times "auto" on models of other kinds, all of their parameters trained: what its estimate of the work
+chooses should never be slower than the loop. Chapter 9 shows the result.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from zo_tutorial.data import mnist
-from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM
+from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM, Encoder
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
 from zo_tutorial.pruning import apply_masks, grasp
@@ -30,6 +30,7 @@ BATCH = 128
 COORDINATES = dict(grad_sparsity=0.0, lr=1e-3, h_smooth=1e-3, STP=True)
 METHODS: dict[str, tuple[Callable[..., ZerothOrderOptimizer], dict[str, Any]]] = {
     "SGD": (ZO_SGD_mask, dict(lr=1e-3, sigma=1e-3, n_sample=20)),
+    "low rank": (ZO_SGD_mask, dict(lr=1e-3, sigma=1e-3, n_sample=20, directions="low_rank")),
     "esti": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="esti")),
     "batch": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="batch")),
     "sign": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="sign")),
@@ -141,7 +142,8 @@ def bench(
         quick: fewer rounds, and more steps scaled from a sample: under a minute on two cores.
         models: {name: (model, masks, (inputs, targets))} on that device; None: the models of the book on real images.
         peers: the libraries of `PEERS` to time too, on models without masks.
-        others: the models of `others_of`, with all parameters trained, by SGD and esti in the modes "loop" and "auto".
+        others: the models of `others_of`, with all parameters trained, by directions and by esti in the modes
+            "loop" and "auto".
 
     Returns:
         Rows with `model, method, mode, device, threads, queries, median_s, first_order_steps, speedup_over_loop,
@@ -156,11 +158,12 @@ def bench(
         trained = sum(map(len, _kept(model, masks, list(model.parameters()) if others else None).values()))
         kinds = [("FO", "loop")] + [(method, mode) for method in METHODS for mode in MODES]
         if others:
-            kinds = [("FO", "loop")] + [(method, mode) for method in ("SGD", "esti") for mode in ("loop", "auto")]
+            methods = ("SGD", "low rank", "esti")
+            kinds = [("FO", "loop")] + [(method, mode) for method in methods for mode in ("loop", "auto")]
         kinds += [(method, peer) for peer in peers if masks is None for method in PEERS[peer]]
         steps = []
         for method, mode in kinds:
-            whole = mode in PEERS or method in ("FO", "SGD")
+            whole = mode in PEERS or method in ("FO", "SGD", "low rank")
             step = Step(model, masks, method, mode, batch, 1.0 if whole else min(1.0, 64 / trained), others)
             step.time()  # the first one also compares with the loop
             enough = (8 if mode == "structured" else 1) * longest / 4
@@ -204,7 +207,10 @@ def _models(device) -> dict:
 
 
 def others_of(device: str) -> dict:
-    """Models of other kinds on random inputs: {name: (model, None, batch)}. Two of them come from torchvision."""
+    """Models of other kinds on random inputs: {name: (model, None, batch)}. Two of them come from torchvision.
+
+    "encoder" is that of chapter 11 at full size, dense, its embeddings included: 15 million weights, 8 sentences.
+    """
     import torchvision
 
     class Sequence(nn.Module):
@@ -218,6 +224,16 @@ def others_of(device: str) -> dict:
             h = self.layer(self.embed(x))
             return self.head((h[0] if isinstance(h, tuple) else h).mean(1))
 
+    class Intents(nn.Module):
+        """The encoder, without its tags."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = Encoder(725, 26, 120, d_model=768, heads=12, d_hidden=3072)
+
+        def forward(self, tokens):
+            return self.encoder(tokens)[0]
+
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     models = {
@@ -225,9 +241,10 @@ def others_of(device: str) -> dict:
         "mobilenet": torchvision.models.mobilenet_v3_small(num_classes=10),
         "transformer": Sequence(nn.TransformerEncoder(block, 2, enable_nested_tensor=False)),
         "LSTM": Sequence(nn.LSTM(64, 64, batch_first=True)),
+        "encoder": Intents(),
     }
-    images, words = torch.randn(8, 3, 64, 64), torch.randn(32, 20, 16)
-    batches = [(x, torch.randint(10, (len(x),))) for x in (images, images, words, words)]
+    images, words, tokens = torch.randn(8, 3, 64, 64), torch.randn(32, 20, 16), torch.randint(1, 725, (8, 16))
+    batches = [(x, torch.randint(10, (len(x),))) for x in (images, images, words, words, tokens)]
     return {
         name: (model.to(device), None, tuple(part.to(device) for part in batch))
         for (name, model), batch in zip(models.items(), batches, strict=True)
@@ -282,11 +299,11 @@ def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]
 
 def table(rows: list[dict]) -> str:
     """The rows as text, one a line."""
-    names = f"{'device':6} {'model':11} {'method':6} {'mode':10}"
+    names = f"{'device':6} {'model':11} {'method':8} {'mode':10}"
     lines = [f"{names} {'queries':>8} {'ms':>10} {'FO steps':>9} {'x loop':>7} {'queries/s':>10}"]
     for row in rows:
         lines.append(
-            f"{row['device']:6} {row['model']:11} {row['method']:6} {row['mode']:10} {row['queries']:8,} "
+            f"{row['device']:6} {row['model']:11} {row['method']:8} {row['mode']:10} {row['queries']:8,} "
             f"{1e3 * row['median_s']:10.2f} {row['first_order_steps']:9.1f} {row['speedup_over_loop']:7.1f} "
             f"{row['queries_per_s']:10,.0f}" + (" scaled" if row["scaled"] else "")
         )

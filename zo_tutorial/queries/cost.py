@@ -36,6 +36,12 @@ def looped(calls: Iterable[Call]) -> float:
     return QUERY + sum(_seconds(call, CALL, together=False) for call in calls)
 
 
+def perturbing(parameters: Iterable[Tensor]) -> float:
+    """Seconds to put parameters back and to add a direction to them."""
+    size = bytes_of(parameters)
+    return 3 * size / (MEMORY if size > CACHE else CACHED)
+
+
 def vmapped(
     recording: Recording, asked: int, perturbed: Iterable[Tensor], among: Iterable[Call] | None = None
 ) -> float:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from zo_tutorial.directions import Directions
-from zo_tutorial.queries.cost import TRIES, looped
+from zo_tutorial.queries.cost import TRIES, looped, perturbing
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.way import Index, Moves, add_at
 
@@ -58,7 +58,10 @@ class Loop:
         return running
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
-        return looped(self.evaluation.recorded().calls) * (TRIES if kind == "descend" else 1)
+        query = looped(self.evaluation.recorded().calls)
+        if kind in ("directions", "low-rank directions"):  # which move whole parameters
+            query += perturbing(self.evaluation.parameters[name] for name in index)
+        return query * (TRIES if kind == "descend" else 1)
 
 
 def _entry(parameter: Tensor, position: int) -> Tensor:
