@@ -11,7 +11,7 @@ from importlib import resources
 import matplotlib
 import pytest
 from jupyter_client.manager import start_new_kernel
-from PIL import Image
+from PIL import Image, ImageChops
 
 from zo_tutorial import viz
 
@@ -117,6 +117,41 @@ def test_bundle_offers_html_a_picture_and_text():
     for png in state["pngs"]:
         raw = base64.b64decode(png)
         assert Image.open(io.BytesIO(raw)).size == (928, 576) and len(raw) < 30_000
+
+
+def heat(ax, share):
+    """A map of few very different colours: most of the picture is white, so a small palette has none to spare."""
+    ax.imshow([[-1, -0.9, 0.05], [share, 0.4, 0.9]], cmap="RdBu", vmin=-1, vmax=1)
+    ax.set(xlim=(-20, 22), title="a map")
+
+
+def mesh(ax, share):
+    ax.pcolormesh([[0, 1, 2], [3, 4, 5 + share]], cmap="cividis")
+
+
+def dots(ax, share):
+    ax.scatter(range(40), range(40), c=range(40), s=60, cmap="viridis")
+
+
+def photograph(ax, share):
+    ax.imshow([[(i / 40, j / 40, (i * j) % 41 / 41) for i in range(40)] for j in range(40)])
+
+
+@pytest.mark.parametrize("draw_map", [heat, mesh, dots, photograph])
+def test_a_colour_map_keeps_its_colours(draw_map, monkeypatch):
+    drawn = []
+    keep = viz._in_few_colours
+    monkeypatch.setattr(viz, "_in_few_colours", lambda picture, exact: drawn.append(picture) or keep(picture, exact))
+    explorer = viz.explore(draw_map, share=[0.2])
+    raw = base64.b64decode(explorer.frames[0][0])
+    kept = Image.open(io.BytesIO(raw)).convert("RGB")
+    assert max(high for _, high in ImageChops.difference(drawn[0], kept).getextrema()) <= 4
+    assert len(raw) < 60_000
+
+
+def test_lines_and_text_make_do_with_a_small_palette():
+    raw = base64.b64decode(viz.explore(draw, height=[1], color=["red"]).frames[0][0])
+    assert len(Image.open(io.BytesIO(raw)).getcolors()) <= 64
 
 
 def test_html_needs_no_network_and_clashes_with_no_neighbour():

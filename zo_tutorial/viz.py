@@ -203,10 +203,9 @@ class _Explorer:
             ax = canvas.figure.subplots()
             alt = self.draw(ax, **params) or _describe(ax, params)
             canvas.draw()
-        # A palette of 64 colours makes the file a third; no date and no version in it, so runs give the same bytes.
-        png = io.BytesIO()
         picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
-        picture.quantize(64, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
+        png = io.BytesIO()  # no date and no version in it, so runs give the same bytes
+        _in_few_colours(picture, _has_colour_map(canvas.figure)).save(png, "PNG", optimize=True)
         return base64.b64encode(png.getvalue()).decode(), alt
 
     def _html(self):
@@ -249,6 +248,27 @@ class _Explorer:
         for slider in sliders.values():
             slider.observe(show, names="value")
         return ipywidgets.VBox([picture, *sliders.values()])
+
+
+def _has_colour_map(figure):
+    """Whether colours of the figure stand for numbers: an image, a mesh, or a collection that has values."""
+    return any(artist.get_array() is not None for ax in figure.axes for artist in (*ax.images, *ax.collections))
+
+
+def _in_few_colours(picture, exact):
+    """The picture with a palette, which makes a file of lines and text a third as large.
+
+    64 colours do for lines and text. Where colours stand for numbers (`exact`) the palette has 256, and none at all if
+    it would move a colour by more than 4 of 255 levels.
+    """
+    from PIL import Image, ImageChops
+
+    small = picture.quantize(256 if exact else 64, dither=Image.Dither.NONE)
+    if exact:
+        moved = ImageChops.difference(picture, small.convert("RGB")).getextrema()
+        if max(high for _, high in moved) > 4:
+            return picture
+    return small
 
 
 # Several of these may run on one page, and in any order: each starts every figure that none has started yet.
