@@ -21,7 +21,7 @@ GREEK = (
     "tau phi varphi chi psi omega upsilon Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell odot otimes"
 )
 SYMBOL = re.compile(rf"\\(?:{ACCENTS})(?![A-Za-z])\s*\{{?\s*(?:\\[A-Za-z]+|[A-Za-z])\s*\}}?|\\[A-Za-z]+|[A-Za-z]")
-EVERYWHERE = {r"\pi", "e", r"\mathbb{R}"}  # constants
+EVERYWHERE = {r"\pi", "e", r"\mathbb{R}", "O"}  # constants
 
 
 def symbols(text):
@@ -33,7 +33,7 @@ def symbols(text):
             name = symbol.lstrip("\\")
             if symbol[0] != "\\" or name in GREEK.split():
                 found.add(symbol)
-            elif accent := re.fullmatch(rf"({ACCENTS})\s*\{{?\s*(\\?[A-Za-z]+)\s*\}}?", name):
+            elif accent := re.fullmatch(rf"({ACCENTS})(?![A-Za-z])\s*\{{?\s*(\\?[A-Za-z]+)\s*\}}?", name):
                 found.add(rf"\{accent[1]}{{{accent[2]}}}")
     return found - EVERYWHERE
 
