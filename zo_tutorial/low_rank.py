@@ -1,9 +1,9 @@
-"""Directions that are a matrix of low rank for every weight: U = A Bᵀ / √r. Chapters 2 and 9.
+"""Directions that are a matrix of low rank for every weight: U = A Cᵀ / √r. Chapters 2 and 9.
 
-A and B have independent standard normal entries, so E[U_ij U_kl] = 1 where (i, j) = (k, l), and 0 elsewhere: the
+A and C have independent standard normal entries, so E[U_ij U_kl] = 1 where (i, j) = (k, l), and 0 elsewhere: the
 estimate along U is as unbiased as along Gaussian directions. What is new is that U is never needed as a whole:
 
-    X (W + σ U)ᵀ = X Wᵀ + σ (X B) Aᵀ / √r,
+    X (W + σ U)ᵀ = X Wᵀ + σ (X C) Aᵀ / √r,
 
 so all points share the product with W (Sarkar et al., 2025).
 """
@@ -29,7 +29,7 @@ class LowRank(Directions):
         generator: on whose device they are drawn; None is torch's global generator.
 
     Attributes:
-        factors: of each parameter A/√r (n, out, r) and B (n, in, r).
+        factors: of each parameter A/√r (n, out, r) and C (n, in, r).
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class LowRank(Directions):
         self.factors = []
         for shape, dtype in ((parameter.shape, parameter.dtype) for parameter in parameters):
             if len(shape) < 2:
-                a, b = self._draw((n, shape.numel(), 1), generator), torch.ones(n, 1, 1, device=self.device)
+                a, c = self._draw((n, shape.numel(), 1), generator), torch.ones(n, 1, 1, device=self.device)
             else:
                 a = self._draw((n, shape[0], rank), generator)
-                b = self._draw((n, shape[1:].numel(), rank), generator)
+                c = self._draw((n, shape[1:].numel(), rank), generator)
             wide = torch.promote_types(dtype, torch.float32)  # in which their products are formed
-            self.factors.append((a.to(wide) / a.shape[2] ** 0.5, b.to(wide)))
+            self.factors.append((a.to(wide) / a.shape[2] ** 0.5, c.to(wide)))
 
     def part(self, start: int, stop: int) -> "LowRank":
         some = LowRank(0, [], [])
         some.n, some.d, some.device, some.positions = stop - start, self.d, self.device, self.positions
-        some.factors = [(a[start:stop], b[start:stop]) for a, b in self.factors]
+        some.factors = [(a[start:stop], c[start:stop]) for a, c in self.factors]
         return some
 
     def of_parameter(self, k: int) -> Tensor:
         """The numbers at the kept positions of the k-th parameter: (n, K)."""
-        a, b = self.factors[k]
-        return self._kept(k, (a @ b.mT).flatten(1))  # (n, out, r) @ (n, r, in)
+        a, c = self.factors[k]
+        return self._kept(k, (a @ c.mT).flatten(1))  # (n, out, r) @ (n, r, in)
 
     def rows(self, start: int, stop: int) -> Tensor:
         some = self.part(start, stop)
@@ -75,9 +75,9 @@ class LowRank(Directions):
 
     def combined(self, weights: Tensor) -> Tensor:
         sums = []
-        for k, (a, b) in enumerate(self.factors):
-            a, b = a.to(weights) * weights[:, None, None], b.to(weights)
-            total = a.movedim(1, 0).flatten(1) @ b.movedim(1, 0).flatten(1).T  # (out, n r) @ (n r, in)
+        for k, (a, c) in enumerate(self.factors):
+            a, c = a.to(weights) * weights[:, None, None], c.to(weights)
+            total = a.movedim(1, 0).flatten(1) @ c.movedim(1, 0).flatten(1).T  # (out, n r) @ (n r, in)
             sums.append(self._kept(k, total.view(1, -1))[0])
         return torch.cat(sums)
 

@@ -38,7 +38,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
             TensorizedLinear_module, TensorizedLinear_module_tonn; or a class of modules. None named: all of these.
         two_sided: difference of θ+σu and θ−σu, else of θ+σu and the baseline.
         baseline: "unperturbed" or "leave_one_out", of one-sided differences.
-        directions: "gaussian", "rademacher", "orthogonal", or "low_rank": a matrix U = A Bᵀ/√r for every weight, whose
+        directions: "gaussian", "rademacher", "orthogonal", or "low_rank": a matrix U = A Cᵀ/√r for every weight, whose
             queries of dense layers share the product with the weight (Sarkar et al., 2025; chapter 9).
         rank: r of low-rank directions.
         adam: use torch.optim.Adam, with `beta_1`, `beta_2`, `eps`, instead of torch.optim.SGD.

@@ -6,8 +6,8 @@ The first dense layer sees the same input at every perturbed point, and so
 
 where U has the zeros of the mask: for few kept weights the product is sparse. What comes before the perturbed layers
 is not computed again; those behind the first run with a copy of their parameters for each point, many points in one
-call of `torch.func.vmap`. Where U = A Bᵀ is of low rank, no dense layer needs a copy: the points share X Wᵀ, and each
-adds its σ (X B) Aᵀ (chapter 9).
+call of `torch.func.vmap`. Where U = A Cᵀ is of low rank, no dense layer needs a copy: the points share X Wᵀ, and each
+adds its σ (X C) Aᵀ (chapter 9).
 """
 
 import warnings
@@ -94,8 +94,8 @@ class Directional:
                 if isinstance(part, Tensor):
                     z = _linear_change(layer, name, positions, part.to(layer.weight), x)  # (n, out, R) or (n, out, 1)
                 else:
-                    a, b = part
-                    z = a @ (b.mT @ units_first(layer, x))  # (n, out, r) @ (n, r, R)
+                    a, c = part
+                    z = a @ (c.mT @ units_first(layer, x))  # (n, out, r) @ (n, r, R)
                 outputs[layer] = outputs[layer] + z if layer in outputs else z
             elif isinstance(part, Tensor):
                 parameter = layer.get_parameter(name)
@@ -104,8 +104,8 @@ class Directional:
                     add_at(some, positions, part, scale)
                 parameters.setdefault(layer, []).append((parameter, points))
             else:
-                a, b = part
-                factors[layer] = torch.cat([scale * a for scale in scales]), torch.cat([b for _ in scales])  # (S n, …)
+                a, c = part
+                factors[layer] = torch.cat([scale * a for scale in scales]), torch.cat([c for _ in scales])  # (S n, …)
         values = {}
         for layer, change in outputs.items():
             call = self.dense[layer]
@@ -126,21 +126,21 @@ class Directional:
         return vmap(loss, randomness="same")(values, copied, factors).view(len(scales), directions.n)
 
     def _split(self, directions: Directions) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        """The directions of each parameter: numbers (n, K), or factors A (n, out, r) and B (n, in, r)."""
+        """The directions of each parameter: numbers (n, K), or factors A (n, out, r) and C (n, in, r)."""
         if not isinstance(directions, LowRank):
             yield from pieces_of(self.index, directions.rows(0, directions.n))
             return
         for k, (layer, name) in enumerate(self.index):
             if (layer, name) in self.shared:
-                a, b = (factor.to(layer.get_parameter(name)) for factor in directions.factors[k])
-                yield a, b
+                a, c = (factor.to(layer.get_parameter(name)) for factor in directions.factors[k])
+                yield a, c
             else:
                 yield directions.of_parameter(k)
 
 
-def _change(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """What W + A Bᵀ gives more than W: (X B) Aᵀ, (..., out)."""
-    return (x @ b) @ a.mT
+def _change(a: Tensor, c: Tensor, x: Tensor) -> Tensor:
+    """What W + A Cᵀ gives more than W: (X C) Aᵀ, (..., out)."""
+    return (x @ c) @ a.mT
 
 
 def _linear_change(layer: nn.Linear, name: str, positions: Index, u: Tensor, x: Tensor) -> Tensor:
