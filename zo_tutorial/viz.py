@@ -265,8 +265,7 @@ def _in_few_colours(picture, exact):
 
     small = picture.quantize(256 if exact else 64, dither=Image.Dither.NONE)
     if exact:
-        moved = ImageChops.difference(picture, small.convert("RGB")).getextrema()
-        if max(high for _, high in moved) > 4:
+        if max(ImageChops.difference(picture, small.convert("RGB")).tobytes()) > 4:
             return picture
     return small
 
