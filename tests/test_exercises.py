@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
 import yaml
 
 import zo_tutorial.exercises
@@ -49,6 +50,16 @@ class Marks(list):
         self.clear()
         exec(source, namespace)
         return list(self)
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    """Chapters set what holds for a whole process."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    with matplotlib.rc_context():
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
