@@ -264,9 +264,8 @@ def _in_few_colours(picture, exact):
     from PIL import Image, ImageChops
 
     small = picture.quantize(256 if exact else 64, dither=Image.Dither.NONE)
-    if exact:
-        if max(ImageChops.difference(picture, small.convert("RGB")).tobytes()) > 4:
-            return picture
+    if exact and max(ImageChops.difference(picture, small.convert("RGB")).tobytes()) > 4:
+        return picture
     return small
 
 
