@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.queries.cost import vmapped
-from zo_tutorial.queries.descent import descend_ahead
+from zo_tutorial.queries.descent import STAY, descend_ahead
 from zo_tutorial.queries.evaluation import Evaluation, call
 from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies, overlap, span, tensors_in
 from zo_tutorial.queries.way import Index, Moves, Unsuitable, add_at, pieces_of
@@ -141,9 +141,11 @@ class _BatchedWalk:
         self.way, self.name, self.positions, self.shift = way, moves.name, moves.positions, moves.shift
         self.parameter = copies(way.evaluation.parameters[moves.name], 1)[0]
 
-    def look(self, start: int, count: int) -> list[tuple[float, float]]:
-        positions = self.positions[start : start + count]
-        return self.way.changes(self.name, self.parameter, positions, [self.shift, -self.shift]).T.tolist()
+    def look(self, start: int, guesses: list[int], ahead: int) -> list[tuple[float, float, int]]:
+        self.start, positions = start, self.positions[start : start + ahead]
+        changes = self.way.changes(self.name, self.parameter, positions, [self.shift, -self.shift])
+        return [(plus, minus, STAY) for plus, minus in changes.T.tolist()]
 
-    def move(self, k: int, side: int) -> None:
-        self.parameter.view(-1)[self.positions[k]] += (self.shift, -self.shift)[side]
+    def go(self, k: int, side: int) -> None:
+        if side != STAY:
+            self.parameter.view(-1)[self.positions[self.start + k]] += (self.shift, -self.shift)[side]

@@ -18,8 +18,6 @@ gains little: most operations are too short to share):
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
 
-from math import isfinite
-
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +28,10 @@ from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
-from zo_tutorial.queries.sensitivity import Units, response, slice_of
+from zo_tutorial.queries.sensitivity import Units, response
+from zo_tutorial.queries.slices import Slice
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
+from zo_tutorial.queries.walk import Walk
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
 
@@ -50,7 +50,11 @@ class Structured:
         return self._directional(index, isinstance(directions, LowRank)).losses(directions, scales)
 
     def descend(self, moves: Moves) -> float:
-        return descend_ahead(self.evaluation, Walk(self._probe(moves.name), moves.positions, moves.shift), moves)
+        probe = self._probe(moves.name)
+        value = probe.parameter.reshape(-1)[moves.positions]
+        steps = torch.stack([(value + moves.shift) - value, (value - moves.shift) - value, value - value], 1)  # (K, 3)
+        walk = Walk(probe.cached, probe.response, moves.positions, steps, probe.points)
+        return descend_ahead(self.evaluation, walk, moves)
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
         if kind in ("directions", "low-rank directions"):
@@ -96,7 +100,7 @@ class Probe:
     def __init__(self, recording: Recording, layer: nn.Module, name: str, limit: float):
         if layer not in recording.layers_seen:
             recording.layers_seen[layer] = CachedLayer(recording, layer)
-        cached = recording.layers_seen[layer]
+        cached = self.cached = recording.layers_seen[layer]
         self.head, self.suffix, self.series = cached.head, cached.suffix, cached.series
         self.z, self.a, self.o = cached.z, cached.a, cached.o
         self.response = response(layer, name, cached.x, self.z, limit, cached.products)
@@ -140,7 +144,7 @@ class Probe:
         order = (i * (at.max() + 1) + at).argsort()
         places, steps, start, parts = at[order].tolist(), steps[:, order], 0, []
         for one, count in zip(*(t.tolist() for t in i[order].unique_consecutive(return_counts=True)), strict=True):
-            part = Slice(self, one)
+            part = Slice(self.cached, self.response.factors, one)
             for begin in range(start, start + count, size):
                 these = slice(begin, min(begin + size, start + count))
                 parts.append(part.look(self.response.sensitivities(places[these]), steps[:, these]))
@@ -163,117 +167,3 @@ class Probe:
             losses = self.suffix.losses(torch.cat([o.flatten(0, 1), self.o.unsqueeze(0)]))
             changes = (losses[:-1] - losses[-1]).view_as(steps)
         return changes
-
-
-class Slice:
-    """The i-th slice of a layer's output z, which some coordinates change while the rest of z stands still."""
-
-    def __init__(self, probe: Probe, i: int):
-        self.probe, self.i = probe, i
-        self.z = self._slice(probe.z)  # (rows, R)
-        if probe.head is not None:
-            # o = W φ(z) + b, of which only W_slice φ(z_slice) changes
-            self.add = probe.head.part(probe.response.factors, i)
-            self.rest = self.add(probe.o, -self._slice(probe.a).unsqueeze(0))[0]  # (C, R)
-
-    def _slice(self, z: Tensor) -> Tensor:
-        """(rows, R) from (units, R), a copy."""
-        part = slice_of(z, self.probe.response.factors, self.i)  # (left, right, R)
-        return part.reshape(-1, part.shape[-1]).clone()
-
-    def shifted(self, sensitivity: Tensor, steps: Tensor) -> Tensor:
-        """z + s J for S steps of K coordinates, and z itself: (S K + 1, rows, R)."""
-        z = self.z.new_empty(steps.numel() + 1, *self.z.shape)
-        torch.addcmul(self.z, steps[..., None, None], sensitivity, out=z[:-1].view(*steps.shape, *self.z.shape))
-        z[-1] = self.z
-        return z
-
-    def losses(self, z: Tensor) -> Tensor:
-        """(P,) losses for P slices z (P, rows, R), which it may overwrite."""
-        probe = self.probe
-        if probe.head is None:
-            whole = probe.z.repeat(len(z), 1, 1)  # (P, units, R)
-            target = slice_of(whole, probe.response.factors, self.i)
-            target.copy_(z.view_as(target))
-            return probe.suffix.losses(whole)
-        return probe.head.losses(self.outputs(z))
-
-    def outputs(self, z: Tensor) -> Tensor:
-        """P outputs o, as the head has them, for P slices z (P, rows, R), which it may overwrite."""
-        return self.add(self.rest, self.probe.head.activate(z))
-
-    def leave(self) -> None:
-        """Tell the probe where the slice has come to."""
-        probe, factors = self.probe, self.probe.response.factors
-        target = slice_of(probe.z, factors, self.i)
-        target.copy_(self.z.view_as(target))
-        if probe.head is not None:
-            probe.o = self.outputs(self.z.unsqueeze(0).clone())[0]
-            slice_of(probe.a, factors, self.i).copy_(probe.head.activate(self.z.clone()).view_as(target))
-
-    def look(self, sensitivity: Tensor, steps: Tensor) -> Tensor:
-        """The changes of the loss when K coordinates with sensitivities (K, rows, R) make steps (S, K): (S, K)."""
-        losses = self.losses(self.shifted(sensitivity, steps))
-        return (losses[:-1] - losses[-1]).view_as(steps)
-
-
-class Walk:
-    """Coordinates to be moved one after the other: what the next ones would change, from where those before them stand.
-
-    Only the slice of z that moves is kept up to date; the rest follows when the next run of coordinates begins.
-
-    Args:
-        positions: (K,) flat positions.
-        shift: s; each coordinate may make the step s or −s.
-    """
-
-    def __init__(self, probe: Probe, positions: Tensor, shift: float):
-        self.probe, self.positions = probe, positions
-        value = probe.parameter.reshape(-1)[positions]
-        self.steps = torch.stack([(value + shift) - value, (value - shift) - value], 1)  # (K, 2), after rounding
-        runs, counts = (positions // probe.response.run).unique_consecutive(return_counts=True)
-        self.parts, self.ends = (runs % probe.response.factors[1]).tolist(), counts.cumsum(0).tolist()
-        probe.z, probe.a, probe.o = probe.z.clone(), probe.a.clone(), probe.o.clone()
-        self.base = 0.0  # the loss where the slice stands
-        self._enter(0)
-
-    def look(self, start: int, count: int) -> list[tuple[float, float]]:
-        """The changes of the loss under both steps of up to `count` coordinates from the start-th on, at least one."""
-        if start >= self.stop:
-            self.part.leave()
-            self._enter(start)
-        if self.probe.head is None:
-            count = 1
-        first = 2 * (start - self.begin)
-        losses = self.part.losses(self.part.z + self.changes[first : first + 2 * count]).tolist()
-        self.losses = dict(enumerate(losses, first))
-        changes = [loss - self.base for loss in losses]
-        cross_entropy = self.probe.suffix.cross_entropy
-        if cross_entropy is not None and not cross_entropy.stable and not all(map(isfinite, changes)):
-            cross_entropy.stable = True
-            self.base = self._loss()
-            return self.look(start, count)
-        return list(zip(changes[::2], changes[1::2], strict=True))
-
-    def move(self, k: int, side: int) -> None:
-        """The k-th coordinate makes its step: side 0 is s, side 1 is −s. It is one of those looked at last."""
-        step = 2 * (k - self.begin) + side
-        self.part.z += self.changes[step]
-        self.base = self.losses[step]
-
-    def _enter(self, start: int) -> None:
-        """Go on to the coordinates of one slice that begin at `start`, as many as fit into the memory."""
-        if start == self.ends[0]:
-            del self.ends[0], self.parts[0]
-        self.begin, self.stop = start, min(self.ends[0], start + self.probe.points)
-        self.part = Slice(self.probe, self.parts[0])
-        here = slice(start, self.stop)
-        response = self.probe.response
-        sensitivity = response.sensitivities(response.at(self.positions[here]).tolist())  # (K, rows, R)
-        self.changes = (self.steps[here, :, None, None] * sensitivity.unsqueeze(1)).flatten(0, 1)  # (2 K, rows, R)
-        self.base = self._loss()
-
-    def _loss(self) -> float:
-        """The loss where the slice stands, computed as the others are: equal points get equal losses."""
-        points = 1 if self.probe.head is None else 2  # without a head, points are run one by one
-        return self.part.losses(self.part.z.repeat(points, 1, 1))[0].item()
