@@ -53,6 +53,12 @@ class CrossEntropy:
         total = o.logsumexp(1) if self.stable else o.exp().sum(1).log_()  # (K, B)
         return self.mean(total.sub_(chosen))
 
+    def slopes(self, o: Tensor) -> Tensor:
+        """dL/do at outputs o (C, B)."""
+        p = o.softmax(0)
+        p.view(-1)[self.chosen] -= 1
+        return p / len(self.targets) if self.shares is None else p * self.shares
+
     def mean(self, terms: Tensor) -> Tensor:
         """The mean over the samples of terms (..., B)."""
         return terms.mean(-1) if self.shares is None else terms @ self.shares

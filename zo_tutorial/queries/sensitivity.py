@@ -216,8 +216,9 @@ class Core:
         """J of entries that share their m, by what `at` finds: (K, mL mR, R)."""
         if self.all is None:
             return self._form(torch.tensor(at, device=self.left.device))
-        if at == list(range(at[0], at[0] + len(at))):
-            return self.all[at[0] : at[0] + len(at)]
+        stride = max(1, at[-1] - at[0]) // max(1, len(at) - 1)
+        if at == list(range(at[0], at[0] + stride * len(at), stride)):
+            return self.all[at[0] : at[-1] + 1 : stride]
         return self.all[at]
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from zo_tutorial.queries.sensitivity import slice_of
 from zo_tutorial.queries.suffix import CachedLayer
 
+TINY = 1e-3  # within which an activation is taken for linear
+
 
 class Slice:
     """The i-th slice of a layer's output z.
@@ -42,6 +44,15 @@ class Slice:
         """P outputs o, as the head has them, for P slices z (P, rows, R), which it may overwrite."""
         assert self.layer.head is not None
         return self.add(self.rest, self.layer.head.activate(z))
+
+    def slope(self) -> Tensor | None:
+        """About dL/dz of the slice (rows, R), in front of a cross-entropy; None elsewhere."""
+        head, cross_entropy = self.layer.head, self.layer.suffix.cross_entropy
+        if head is None or cross_entropy is None:
+            return None
+        sides = head.activate(torch.stack([self.z, self.z - TINY, self.z + TINY]))
+        slopes = cross_entropy.slopes(self.add(self.rest, sides[:1])[0])
+        return head.back(self.factors, self.i, slopes) * ((sides[2] - sides[1]) / (2 * TINY))
 
     def leave(self) -> None:
         """Tell the layer where the slice has come to."""

@@ -129,6 +129,11 @@ class Head:
         weight = transposed.reshape(-1, transposed.shape[-1]).T.contiguous()  # (C, rows)
         return lambda rest, a: torch.baddbmm(rest.expand(len(a), -1, -1), weight.expand(len(a), -1, -1), a)
 
+    def back(self, factors: tuple, i: int, slope: Tensor) -> Tensor:
+        """dL/da of a slice, (rows, R), from dL/do (C, R)."""
+        transposed = slice_of(self.transposed, factors, i)
+        return transposed.reshape(-1, transposed.shape[-1]) @ slope
+
     def losses(self, o: Tensor) -> Tensor:
         """(P,) losses from outputs o (P, C, R)."""
         return self.suffix.losses(o)
@@ -192,6 +197,10 @@ class ConvolutionHead(Head):
             return o.unflatten(2, images.shape[1:])  # (P, B, C, height, width)
 
         return add
+
+    def back(self, factors: tuple, i: int, slope: Tensor) -> Tensor:
+        weight = self._convolve(self.unit_images, i).flatten(1)  # (H W, C)
+        return (weight @ slope).T.reshape(1, -1)
 
     def _shaped(self, o: Tensor) -> Tensor:
         return o if self.suffix.cross_entropy is None else o.flatten(1).T

@@ -85,16 +85,11 @@ class Walk:
         self.part = Slice(self.layer, self.response.factors, self.parts[0])
         here = slice(start, self.stop)
         self.sensitivities = self.response.sensitivities(self.response.at(self.positions[here]).tolist())  # (K, rows, R)
-        moves = self.sensitivities.flatten(1).any(1, keepdim=True)  # (K, 1)
-        self.still = ((self.steps[here] == 0) | ~moves).tolist()
-        self.downhill = self._downhill()
-
-    def _downhill(self) -> list[int]:
-        if self.layer.suffix.cross_entropy is None:
-            return [STAY] * (self.stop - self.begin)
-        with torch.enable_grad():
-            z = self.part.z.clone().requires_grad_()
-            loss = self.part.losses((z * 1).unsqueeze(0))
-            grad = torch.autograd.grad(loss.sum(), z)[0]
-        slopes = self.sensitivities.flatten(1) @ grad.flatten()
-        return (slopes * self.steps[self.begin : self.stop, 0] > 0).long().tolist()
+        size = self.sensitivities.flatten(1).abs().amax(1, keepdim=True)  # (K, 1)
+        self.still = (self.steps[here] * size == 0).tolist()
+        slope = self.part.slope()
+        if slope is None:
+            self.downhill = [STAY] * (self.stop - self.begin)
+        else:
+            slopes = self.sensitivities.flatten(1) @ slope.flatten()  # (K,)
+            self.downhill = (slopes * self.steps[here, 0] > 0).long().tolist()
