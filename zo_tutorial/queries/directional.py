@@ -20,9 +20,11 @@ from torch.func import vmap
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.low_rank import LowRank
+from zo_tutorial.queries.chain import Chain
 from zo_tutorial.queries.cost import product, vmapped
-from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
+from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recording, bytes_of, copies
 from zo_tutorial.queries.sensitivity import units_back, units_first
+from zo_tutorial.queries.suffix import CACHE
 from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
 
 SPARSE = 1 / 5  # share of kept weights below which the sparse product is the faster one
@@ -59,10 +61,19 @@ class Directional:
         if not all(map(recording.undisturbed, starts)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
-        if not self.dense and not self.shared:
+        self.base = {layer: units_first(layer, layer(call.args[0])) for layer, call in self.dense.items()}  # (out, R)
+        self.chain = self._chain(starts)
+        if not self.dense and not self.shared and self.chain is None:
             raise Unsuitable("no dense layer comes first")
         others = [call for call in starts if call.layer not in self.dense]
         self.calls = sorted(recording.after(*starts) + others, key=recording.calls.index)
+
+    def _chain(self, starts: list[Call]) -> Chain | None:
+        """The chain that the perturbed layers are in, if they are in one."""
+        if len(starts) > 1 or not isinstance(starts[0].layer, (nn.Linear, *TENSOR_LAYERS)):
+            return None
+        chain = Chain(self.recording, starts[0])
+        return chain if {layer for layer, _ in self.index} <= set(chain.layers) else None
 
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
         """L(θ + s u) for S scales and n directions: (S, n)."""
@@ -70,7 +81,8 @@ class Directional:
         each = len(scales) * 2 * self.recording.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
         if each > self.limit:
             raise Unsuitable("the memory does not suffice for one direction")
-        portion = max(1, int(min(self.limit / each, AT_ONCE / (len(scales) * self.recording.bytes))))
+        points = AT_ONCE / self.recording.bytes if self.chain is None else CACHE / self.chain.bytes  # to run at once
+        portion = max(1, int(min(self.limit / each, points / len(scales))))
         starts = range(0, directions.n, portion)
         parts = (directions.part(start, min(start + portion, directions.n)) for start in starts)
         return torch.cat([self._losses(part, scales) for part in parts], 1)
@@ -108,10 +120,15 @@ class Directional:
                 factors[layer] = torch.cat([scale * a for scale in scales]), torch.cat([c for _ in scales])  # (S n, …)
         values = {}
         for layer, change in outputs.items():
-            call = self.dense[layer]
-            z = units_first(layer, layer(call.args[0]))  # (out, R)
+            call, z = self.dense[layer], self.base[layer]
             z = torch.stack([torch.add(z, change, alpha=scale) for scale in scales]).flatten(0, 1)  # (S n, out, R)
+            if self.chain is not None:
+                return self.chain.losses(z, parameters, factors).view(len(scales), directions.n)
             values[id(call.results[0])] = units_back(layer, z, call.results[0].shape)
+
+        if self.chain is not None:
+            z = self.chain.first(parameters[self.chain.start.layer])
+            return self.chain.losses(z, parameters, factors).view(len(scales), directions.n)
 
         copied = {layer: [points for _, points in pairs] for layer, pairs in parameters.items()}
 

@@ -244,7 +244,7 @@ def response(layer: nn.Module, name: str, x: Tensor, z: Tensor, limit: float, pr
     return Units(layer, name, x, z, limit)
 
 
-def _as_ttm(layer: TensorLayer) -> Sequence[tuple[int, ...]]:
+def as_ttm(layer: TensorLayer) -> Sequence[tuple[int, ...]]:
     """The shapes (r, m, n, s) of the cores; a core of TT is one of TTM with n = 1 or m = 1."""
     p = len(layer.in_factors)
     if layer.tensor_type == "TensorTrainMatrix":
@@ -255,7 +255,7 @@ def _as_ttm(layer: TensorLayer) -> Sequence[tuple[int, ...]]:
 
 def products(layer: TensorLayer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The cores (r, m, n, s) of a tensor layer, and for each one the products of those before it and after it."""
-    cores = [core.reshape(shape) for core, shape in zip(layer.tensor_cores(), _as_ttm(layer), strict=True)]
+    cores = [core.reshape(shape) for core, shape in zip(layer.tensor_cores(), as_ttm(layer), strict=True)]
     one = torch.ones(1, 1, 1, 1, dtype=cores[0].dtype, device=cores[0].device)
     left = list(accumulate(cores[:-1], _product, initial=one))
     right = list(accumulate(reversed(cores[1:]), lambda after, core: _product(core, after), initial=one))
