@@ -139,14 +139,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Move the weights along what stands in `.grad`. A weight that its mask takes out stays as it is."""
         fixed = {}
         for name, parameter in self.trained.items():
-            if not isinstance(self.index[name], range) and parameter.grad is not None:
-                kept = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-                kept.view(-1)[self.index[name]] = True
-                parameter.grad.masked_fill_(~kept, 0)
-                fixed[name] = kept, parameter.clone()
+            index = self.index[name]
+            if not isinstance(index, range) and parameter.grad is not None:
+                parameter.grad.copy_(_merged(parameter.grad, torch.zeros_like(parameter.grad), index))
+                fixed[name] = index, parameter.clone()
         self.rule.step()
-        for name, (kept, before) in fixed.items():
-            self.trained[name].copy_(torch.where(kept, self.trained[name], before))
+        for name, (index, before) in fixed.items():
+            self.trained[name].copy_(_merged(self.trained[name], before, index))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those of a layer that is unfrozen.
@@ -276,6 +275,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _share_with_rule(self) -> None:
         self.rule.param_groups, self.rule.state = self.param_groups, self.state
+
+
+def _merged(inside: Tensor, outside: Tensor, positions: Tensor) -> Tensor:
+    """A tensor with the numbers of `inside` at some flat positions, else those of `outside`, which it may overwrite."""
+    merged = outside.flatten()
+    merged[positions] = inside.flatten()[positions]
+    return merged.view(inside.shape)
 
 
 def torch_rule(

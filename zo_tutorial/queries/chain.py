@@ -11,10 +11,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from zo_tutorial.queries.cost import CACHED, CALL, RATE
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of, version
+from zo_tutorial.queries.cost import CACHED, CALL, MEMORY, RATE, SETUP, multiply_adds, vmapped
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of
 from zo_tutorial.queries.sensitivity import as_ttm, units_first
-from zo_tutorial.queries.suffix import Head, Suffix
+from zo_tutorial.queries.suffix import CACHE, Head, Suffix
 from zo_tutorial.queries.way import Unsuitable
 
 Pairs = list[tuple[Tensor, Tensor]]  # a parameter (*shape) and what the points have in its place (P, *shape)
@@ -40,34 +40,43 @@ class Chain:
 
     Attributes:
         layers: those of the chain.
-        bytes: of what one point needs at once.
+        bytes: of one point's largest output.
     """
 
     def __init__(self, recording: Recording, start: Call):
-        self.start, self.links, call = start, list[Link](), start
-        self.suffix = Suffix(recording, start)
+        if not isinstance(start.layer, (nn.Linear, *TENSOR_LAYERS)):
+            raise Unsuitable("no dense or tensor layer comes first")
+        self.recording, self.x = recording, units_first(start.layer, start.args[0]).unsqueeze(0)  # (1, in, R)
+        self.suffix, self.links, call = Suffix(recording, start), list[Link](), start
+        self.layers: list[LayerOfChain] = [start.layer]
         while self.suffix.cross_entropy is None:
             try:
                 link = Link(recording, call)
             except Unsuitable:
                 break
             self.links.append(link)
+            self.layers.append(link.layer)
             self.suffix, call = link.suffix, recording.call_of(link.layer)
-        self.layers = [start.layer, *(link.layer for link in self.links)]
-        self.bytes = 3 * max(bytes_of(recording.call_of(layer).results) for layer in self.layers if layer)
+        self.bytes = max(bytes_of(recording.call_of(layer).results) for layer in self.layers)
         self.after = self.suffix.calls if self.suffix.cross_entropy is None else []
         if self.suffix.cross_entropy is not None:  # so much lower that exp cannot overflow
-            outputs = call.results[0] if version(call.results[0]) == call.result_versions[0] else None
-            if outputs is None:
-                raise Unsuitable("the outputs are not there any more")
-            self.largest = units_first(self.links[-1].layer if self.links else start.layer, outputs).amax(0)
+            self.largest = units_first(self.layers[-1], recording.result(call)).amax(0)  # (R,)
 
-    def first(self, pairs: Pairs) -> Tensor:
-        """The output of the first layer (P, out, R) with parameters of each point."""
-        layer = self.start.layer
-        return outputs_of(layer, units_first(layer, self.start.args[0]).unsqueeze(0), pairs, None)
+    def seconds(self, asked: int, known: bool) -> float:
+        """An estimate of what a query takes; `known`: without the product of the first layer."""
+        calls = list(map(self.recording.call_of, self.layers))
+        points = max(1.0, min(asked, CACHE / self.bytes))
+        moved = 4 * sum(bytes_of(call.results) for call in calls) / CACHED
+        copied = 3 * bytes_of(p for layer in self.layers[1:] for p in layer.parameters()) / MEMORY
+        products = sum(map(multiply_adds, calls[1:] if known else calls)) / RATE
+        tail = vmapped(self.recording, asked, [], self.after) if self.after else 0.0
+        return SETUP / asked + 10 * CALL * len(calls) / points + moved + copied + products + tail
 
-    def losses(self, z: Tensor, pairs: dict, factors: dict) -> Tensor:
+    def first(self, pairs: dict[nn.Module, Pairs]) -> Tensor:
+        """The outputs of the first layer (P, out, R), with weights of each point; see `losses`."""
+        return outputs_of(self.layers[0], self.x, pairs[self.layers[0]], None)
+
+    def losses(self, z: Tensor, pairs: dict[nn.Module, Pairs], factors: dict[nn.Module, Factors]) -> Tensor:
         """(P,) losses from outputs z of the first layer (P, out, R), which it may overwrite.
 
         Args:
@@ -127,7 +136,7 @@ def contracted(cores: list[Tensor], x: Tensor) -> Tensor:
     y = x.new_empty(points, left.shape[1], m * x.shape[2])
     inner = x.new_empty(count, rank * m, x.shape[2])  # one for all points in turn: it stays in the cache
     for p in range(points):
-        here = x[p % len(x)].view(count, n, -1)  # (nL, nR, R)
+        here = x[p % len(x)].reshape(count, n, -1)  # (nL, nR, R)
         torch.bmm(right[p % len(right)].expand(count, -1, -1), here, out=inner)  # (nL, r mR, R)
         torch.mm(left[p % len(left)], inner.view(left.shape[2], -1), out=y[p])  # (mL, nL r) @ (nL r, mR R)
     return y.view(points, -1, x.shape[2])
@@ -135,14 +144,12 @@ def contracted(cores: list[Tensor], x: Tensor) -> Tensor:
 
 def _multiply_adds(cores: list[Tensor], split: int, columns: int) -> int:
     """Of a point, with so many cores to the left."""
-    shapes = [core.shape[1:] for core in cores]
-    left, right = ([prod(sizes) for sizes in zip(*part, strict=True)] for part in (shapes[:split] or [(1,) * 4], shapes[split:]))
-    (_, m_left, n_left, _), (_, m, n, _) = left, right
-    rank = shapes[split][0] if split else 1
-    joining = rank * (m_left * n_left + m * n) * max(shape[0] for shape in shapes)
-    if split == 0:
-        return m * n * columns + joining
-    return rank * m * n_left * (n + m_left) * columns + joining
+    sizes = [core.shape[2:4] for core in cores]
+    m_left, n_left = prod(m for m, _ in sizes[:split]), prod(n for _, n in sizes[:split])
+    m, n = prod(m for m, _ in sizes[split:]), prod(n for _, n in sizes[split:])
+    rank = cores[split].shape[1]
+    joining = rank * (m_left * n_left + m * n) * max(core.shape[4] for core in cores)
+    return joining + (rank * m * n_left * (n + m_left) if split else m * n) * columns
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:

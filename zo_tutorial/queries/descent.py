@@ -28,8 +28,8 @@ class Walk(Protocol):
 def descend_ahead(evaluation: Evaluation, walk: Walk, moves: Moves) -> float:
     """`Way.descend` that looks at several coordinates on a guessed path, and again from behind the first wrong guess.
 
-    A guess is what the coordinate would have done on the path of the last look; of those that were not looked at, that
-    they stay. What was looked at in vain is no query: the rule never asked for it.
+    A guess is what the coordinate would have done on the path of the last look. What was looked at in vain is no query:
+    the rule never asked for it.
     """
     start, ahead, running = 0, 1, moves.running
     moved: dict[int, float] = {}
@@ -48,7 +48,7 @@ def descend_ahead(evaluation: Evaluation, walk: Walk, moves: Moves) -> float:
                 if side != guess:
                     break
             walk.go(k, side)
-            ahead = min(2 * ahead, LOOK_AHEAD) if k + 1 == ahead else max(2, 2*(k+1), ahead//2)
+            ahead = min(2 * ahead, LOOK_AHEAD) if k + 1 == len(changes) else max(k + 1, ahead // 2)
             start += k + 1
             guesses = [_guess(plus, minus, moves.three_points) for plus, minus, _ in changes[k + 1 :]]
     finally:

@@ -5,9 +5,9 @@ The first dense layer sees the same input at every perturbed point, and so
     X (W ± σU)ᵀ = X Wᵀ ± σ X Uᵀ,
 
 where U has the zeros of the mask: for few kept weights the product is sparse. What comes before the perturbed layers
-is not computed again; those behind the first run with a copy of their parameters for each point, many points in one
-call of `torch.func.vmap`. Where U = A Cᵀ is of low rank, no dense layer needs a copy: the points share X Wᵀ, and each
-adds its σ (X C) Aᵀ (chapter 9).
+is not computed again. Those behind the first run with a copy of their parameters for each point: by batched products
+where they are a `Chain`, else many points in one call of `torch.func.vmap`. Where U = A Cᵀ is of low rank, no dense
+layer needs a copy: the points share X Wᵀ, and each adds its σ (X C) Aᵀ (chapter 9).
 """
 
 import warnings
@@ -20,9 +20,9 @@ from torch.func import vmap
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.low_rank import LowRank
-from zo_tutorial.queries.chain import Chain
+from zo_tutorial.queries.chain import Chain, Factors, Pairs
 from zo_tutorial.queries.cost import product, vmapped
-from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recording, bytes_of, copies
+from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
 from zo_tutorial.queries.sensitivity import units_back, units_first
 from zo_tutorial.queries.suffix import CACHE
 from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
@@ -39,10 +39,12 @@ class Directional:
         low_rank: whether the directions are `LowRank`.
 
     Attributes:
+        chain: what the perturbed layers are in, if they are in a chain.
         shared: the parameters whose low-rank directions stay in factors.
 
     Raises:
-        Unsuitable: the recording does not tell, or there is nothing to gain: no dense layer comes first or has factors.
+        Unsuitable: the recording does not tell, or there is nothing to gain: no dense layer comes first or has
+            factors, and the layers are no chain.
     """
 
     def __init__(
@@ -61,18 +63,25 @@ class Directional:
         if not all(map(recording.undisturbed, starts)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
-        self.base = {layer: units_first(layer, layer(call.args[0])) for layer, call in self.dense.items()}  # (out, R)
+        self.x = {layer: units_first(layer, call.args[0]) for layer, call in self.dense.items()}  # (in, R)
+        self.z = {layer: units_first(layer, recording.result(call)) for layer, call in self.dense.items()}  # (out, R)
+        self.added = {
+            (layer, name): _Added(layer, name, positions, self.x[layer])
+            for (layer, name), positions in index.items()
+            if isinstance(layer, nn.Linear) and layer in self.dense and (layer, name) not in self.shared
+        }
         self.chain = self._chain(starts)
         if not self.dense and not self.shared and self.chain is None:
-            raise Unsuitable("no dense layer comes first")
+            raise Unsuitable("no dense layer comes first, and the layers are no chain")
         others = [call for call in starts if call.layer not in self.dense]
         self.calls = sorted(recording.after(*starts) + others, key=recording.calls.index)
 
     def _chain(self, starts: list[Call]) -> Chain | None:
         """The chain that the perturbed layers are in, if they are in one."""
-        if len(starts) > 1 or not isinstance(starts[0].layer, (nn.Linear, *TENSOR_LAYERS)):
+        try:
+            chain = Chain(self.recording, starts[0])
+        except Unsuitable:
             return None
-        chain = Chain(self.recording, starts[0])
         return chain if {layer for layer, _ in self.index} <= set(chain.layers) else None
 
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
@@ -92,23 +101,24 @@ class Directional:
         kept = {layer: len(positions) for (layer, name), positions in self.index.items() if name != "bias"}
         kept |= {layer: sum(layer.weight.shape) for layer, _ in self.shared}  # multiply-adds of rank 1
         first = sum(product(layer, call, kept.get(layer, 0)) for layer, call in self.dense.items())
+        if self.chain is not None:
+            return first + self.chain.seconds(asked, first > 0)
         own = self.index.keys() - self.shared
         copied = [layer.get_parameter(name) for layer, name in own if layer not in self.dense]
         return first + vmapped(self.recording, asked, copied, self.calls)
 
     def _losses(self, directions: Directions, scales: list[float]) -> Tensor:
-        outputs: dict[nn.Linear, Tensor] = {}
-        parameters: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        factors: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        changes: dict[nn.Linear, Tensor] = {}  # of the outputs of first layers (n, out, R)
+        parameters: dict[nn.Module, Pairs] = {}
+        factors: dict[nn.Module, Factors] = {}
         for ((layer, name), positions), part in zip(self.index.items(), self._split(directions), strict=True):
             if isinstance(layer, nn.Linear) and layer in self.dense:
-                x = self.dense[layer].args[0]
                 if isinstance(part, Tensor):
-                    z = _linear_change(layer, name, positions, part.to(layer.weight), x)  # (n, out, R) or (n, out, 1)
+                    change = self.added[layer, name](part.to(self.z[layer]))  # (n, out, R) or (n, out, 1)
                 else:
                     a, c = part
-                    z = a @ (c.mT @ units_first(layer, x))  # (n, out, r) @ (n, r, R)
-                outputs[layer] = outputs[layer] + z if layer in outputs else z
+                    change = a @ (c.mT @ self.x[layer])  # (n, out, r) @ (n, r, R)
+                changes[layer] = changes[layer] + change if layer in changes else change
             elif isinstance(part, Tensor):
                 parameter = layer.get_parameter(name)
                 points = copies(parameter, len(scales) * len(part))  # (S n, *shape)
@@ -118,18 +128,29 @@ class Directional:
             else:
                 a, c = part
                 factors[layer] = torch.cat([scale * a for scale in scales]), torch.cat([c for _ in scales])  # (S n, …)
+        outputs = {layer: self._moved(layer, change, scales) for layer, change in changes.items()}
+        if self.chain is None:
+            losses = self._replayed(outputs, parameters, factors)
+        else:
+            first = list(outputs.values()) or [self.chain.first(parameters)]
+            losses = self.chain.losses(first[0], parameters, factors)
+        return losses.view(len(scales), directions.n)
+
+    def _moved(self, layer: nn.Linear, change: Tensor, scales: list[float]) -> Tensor:
+        """z + s change of a first layer, for S scales and n changes (n, out, R): (S n, out, R)."""
+        z = change.new_empty(len(scales), len(change), *self.z[layer].shape)
+        for some, scale in zip(z, scales, strict=True):
+            torch.add(self.z[layer], change, alpha=scale, out=some)
+        return z.flatten(0, 1)
+
+    def _replayed(
+        self, outputs: dict[nn.Linear, Tensor], parameters: dict[nn.Module, Pairs], factors: dict[nn.Module, Factors]
+    ) -> Tensor:
+        """(P,) losses of P points by `vmap`, from the outputs of first layers (P, out, R), and weights of others."""
         values = {}
-        for layer, change in outputs.items():
-            call, z = self.dense[layer], self.base[layer]
-            z = torch.stack([torch.add(z, change, alpha=scale) for scale in scales]).flatten(0, 1)  # (S n, out, R)
-            if self.chain is not None:
-                return self.chain.losses(z, parameters, factors).view(len(scales), directions.n)
-            values[id(call.results[0])] = units_back(layer, z, call.results[0].shape)
-
-        if self.chain is not None:
-            z = self.chain.first(parameters[self.chain.start.layer])
-            return self.chain.losses(z, parameters, factors).view(len(scales), directions.n)
-
+        for layer, z in outputs.items():
+            result = self.dense[layer].results[0]
+            values[id(result)] = units_back(layer, z, result.shape)
         copied = {layer: [points for _, points in pairs] for layer, pairs in parameters.items()}
 
         def loss(values, copied, factors):
@@ -140,7 +161,7 @@ class Directional:
             }
             return self.recording.replay(self.calls, values, pairs, added).reshape(())
 
-        return vmap(loss, randomness="same")(values, copied, factors).view(len(scales), directions.n)
+        return vmap(loss, randomness="same")(values, copied, factors)
 
     def _split(self, directions: Directions) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """The directions of each parameter: numbers (n, K), or factors A (n, out, r) and C (n, in, r)."""
@@ -160,25 +181,40 @@ def _change(a: Tensor, c: Tensor, x: Tensor) -> Tensor:
     return (x @ c) @ a.mT
 
 
-def _linear_change(layer: nn.Linear, name: str, positions: Index, u: Tensor, x: Tensor) -> Tensor:
-    """What the direction u (n, d) of a dense layer's weight or bias adds to its output: (n, out, R) or (n, out, 1)."""
-    if name == "bias":
-        change = u.new_zeros(len(u), layer.out_features)
-        add_at(change, positions, u, 1.0)
-        return change.unsqueeze(2)
-    x = units_first(layer, x)  # (in, R)
-    rows, columns = layer.weight.shape
-    few = len(positions) < SPARSE * layer.weight.numel()
-    if few and not isinstance(positions, range) and (positions.diff() > 0).all():
+class _Added:
+    """What directions of a dense layer's weight or bias add to its output.
+
+    Args:
+        positions: those that take part.
+        x: the layer's input (in, R).
+    """
+
+    def __init__(self, layer: nn.Linear, name: str, positions: Index, x: Tensor):
+        self.name, self.positions, self.x = name, positions, x
+        self.rows, self.columns = layer.weight.shape
+        few = name != "bias" and len(positions) < SPARSE * layer.weight.numel()
+        self.sparse = False
+        if few and not isinstance(positions, range) and (positions.diff() > 0).all():
+            self.sparse = True
+            self.ends = (positions // self.columns).bincount(minlength=self.rows).cumsum(0)  # of the rows
+            self.entries = (positions % self.columns).int()
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """From u (n, K): (n, out, R), or (n, out, 1) of a bias."""
+        if self.name == "bias":
+            change = u.new_zeros(len(u), self.rows)
+            add_at(change, self.positions, u, 1.0)
+            return change.unsqueeze(2)
+        if not self.sparse:
+            whole = u.new_zeros(len(u), self.rows * self.columns)
+            add_at(whole, self.positions, u, 1.0)
+            return (whole.view(-1, self.columns) @ self.x).view(len(u), self.rows, -1)
         # All U below each other, (n out, in), in compressed rows.
-        ends = (positions // columns).bincount(minlength=rows).cumsum(0)
-        ends = ends + len(positions) * torch.arange(len(u), device=u.device).unsqueeze(1)
-        ends = torch.cat([ends.new_zeros(1), ends.flatten()])
-        entries = (positions % columns).repeat(len(u))
+        ends = self.ends + len(self.positions) * torch.arange(len(u), device=u.device).unsqueeze(1)
+        ends = torch.cat([ends.new_zeros(1), ends.flatten()]).int()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "sparse CSR tensor support is in beta state"
-            whole = torch.sparse_csr_tensor(ends, entries, u.flatten(), (len(u) * rows, columns))
-            return (whole @ x).view(len(u), rows, -1)
-    whole = u.new_zeros(len(u), rows * columns)
-    add_at(whole, positions, u, 1.0)
-    return (whole.view(-1, columns) @ x).view(len(u), rows, -1)
+            whole = torch.sparse_csr_tensor(
+                ends, self.entries.repeat(len(u)), u.flatten(), (len(u) * self.rows, self.columns)
+            )
+            return (whole @ self.x).view(len(u), self.rows, -1)

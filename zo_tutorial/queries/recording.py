@@ -202,6 +202,12 @@ class Recording(TorchFunctionMode):
         """Whether the arguments of a call still are what they were."""
         return all(version(t) == v for t, v in zip(call.tensors, call.versions, strict=True))
 
+    def result(self, call: Call) -> Tensor:
+        """What a layer's call returned; computed again where that was overwritten, as by an activation in place."""
+        if version(call.results[0]) == call.result_versions[0]:
+            return call.results[0]
+        return call.function(*call.args)
+
     def after(self, *starts: Call) -> list[Call]:
         """The calls that the results of `starts` reach, in order, without `starts`.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.queries.cross_entropy import RESHAPE, Series, cross_entropy_of
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of, version
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of
 from zo_tutorial.queries.sensitivity import has_units_last, matrix, products, slice_of, units_back, units_first
 from zo_tutorial.queries.way import Unsuitable
 
@@ -227,9 +227,7 @@ class CachedLayer:
         call = recording.call_of(layer)
         if not recording.undisturbed(call):
             raise Unsuitable("the input of the layer is not there any more")
-        self.x, z = call.args[0], call.results[0]
-        if version(z) != call.result_versions[0]:  # an activation in place: compute it again
-            z = layer(self.x)
+        self.x, z = call.args[0], recording.result(call)
         self.z = units_first(layer, z).contiguous()
         self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
         self.head: Head | None = None

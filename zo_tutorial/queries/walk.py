@@ -36,7 +36,7 @@ class Walk:
         self.layer = copy(layer)
         self.layer.z, self.layer.a, self.layer.o = layer.z.clone(), layer.a.clone(), layer.o.clone()
         runs, counts = (positions // response.run).unique_consecutive(return_counts=True)
-        self.parts, self.ends = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
+        self.parts, self.stops = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
         self.stayed = False  # whether the last coordinate did
         self._enter(0)
 
@@ -54,23 +54,31 @@ class Walk:
         points = torch.diag_embed(steps[:, :2].T) + taken.expand(count, count).tril(-1)  # (2, K, K)
         self.to = torch.cat([points.flatten(0, 1), points.new_zeros(1, count)])  # (2 K + 1, K)
         self.sensitivity = self.sensitivities[here : here + count].flatten(1)  # (K, rows R)
-        losses = self._losses()
-        changes, self.rows, begin = [], [], 2 * count
-        for k, guess in enumerate(guesses):
-            self.rows.append((k, count + k, begin))
-            plus, minus = (0.0 if self.still[here + k][side] else losses[side * count + k] - losses[begin] for side in (0, 1))
+        losses, base = self._losses(), 2 * count
+        changes, self.ends = [], []
+        for k, (guess, moves) in enumerate(zip(guesses, self.moves[here : here + count], strict=True)):
+            self.ends.append((k, count + k, base))  # the points where it may be afterwards
+            plus, minus = (losses[side * count + k] - losses[base] if moves[side] else 0.0 for side in (0, 1))
             changes.append((plus, minus, guess))
-            begin = begin if guess == STAY else guess * count + k
+            base = self.ends[k][guess]
         return changes
 
     def go(self, k: int, side: int) -> None:
         self.stayed = side == STAY
-        self.part.z += (self.to[self.rows[k][side]] @ self.sensitivity).view_as(self.part.z)
+        if self.layer.head is not None:
+            self.part.z += (self.to[self.ends[k][side]] @ self.sensitivity).view_as(self.part.z)
+        elif not self.stayed:
+            self.part.z, self.base = self.sides[side]
 
     def _losses(self) -> list[float]:
         """Of the points."""
-        z = torch.addmm(self.part.z.view(1, -1), self.to, self.sensitivity)
-        losses = self.part.losses(z.view(len(z), *self.part.z.shape)).tolist()
+        z = torch.addmm(self.part.z.view(1, -1), self.to, self.sensitivity).unflatten(1, self.part.z.shape)
+        if self.layer.head is None:  # a point takes long: where the slice stands is one of those looked at before
+            self.base = self.base or self.part.losses(z[2:]).tolist()
+            losses = self.part.losses(z[:2]).tolist()
+            self.sides = [(z[0], losses[:1]), (z[1], losses[1:])]
+            return losses + self.base
+        losses = self.part.losses(z).tolist()
         cross_entropy = self.layer.suffix.cross_entropy
         if cross_entropy is not None and not cross_entropy.stable and not all(map(isfinite, losses)):
             cross_entropy.stable = True
@@ -79,14 +87,16 @@ class Walk:
 
     def _enter(self, start: int) -> None:
         """Go on to the coordinates of one slice that begin at `start`, as many as fit into the memory."""
-        if start == self.ends[0]:
-            del self.ends[0], self.parts[0]
-        self.begin, self.stop = start, min(self.ends[0], start + self.points)
+        if start == self.stops[0]:
+            del self.stops[0], self.parts[0]
+        self.begin, self.stop = start, min(self.stops[0], start + self.points)
+        self.base = list[float]()  # the loss where the slice stands, if it is known
         self.part = Slice(self.layer, self.response.factors, self.parts[0])
         here = slice(start, self.stop)
-        self.sensitivities = self.response.sensitivities(self.response.at(self.positions[here]).tolist())  # (K, rows, R)
+        at = self.response.at(self.positions[here]).tolist()
+        self.sensitivities = self.response.sensitivities(at)  # (K, rows, R)
         size = self.sensitivities.flatten(1).abs().amax(1, keepdim=True)  # (K, 1)
-        self.still = (self.steps[here] * size == 0).tolist()
+        self.moves = (self.steps[here, :2] * size != 0).tolist()  # whether z changes at all
         slope = self.part.slope()
         if slope is None:
             self.downhill = [STAY] * (self.stop - self.begin)

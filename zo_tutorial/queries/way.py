@@ -64,4 +64,4 @@ def add_at(flat: Tensor, positions: Index, values: Tensor, scale: float) -> None
     if isinstance(positions, range):
         flat.add_(values.to(flat), alpha=scale)
     else:
-        flat.index_add_(-1, positions, values.to(flat), alpha=scale)
+        flat.scatter_add_(-1, positions.expand(values.shape), values.to(flat) * scale)  # quicker than index_add_
