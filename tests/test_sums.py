@@ -12,7 +12,8 @@ from zo_tutorial.queries import LossQueries, structured
 CLASSES, IGNORED = 4, -100
 ACTIVATIONS = {
     "relu": nn.ReLU(), "leaky relu": nn.LeakyReLU(0.2), "hardtanh": nn.Hardtanh(-0.3, 0.4), "relu6": nn.ReLU6(),
-    "elu": nn.ELU(0.5), "gelu": nn.GELU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "in place": nn.ReLU(inplace=True),
+    "elu": nn.ELU(0.5), "gelu": nn.GELU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
+    "in place": nn.ReLU(inplace=True),
 }  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def test_changes_of_all_weights_are_those_of_the_loop(activation, h, dtype, answ
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("h", [1e-4, 1e-2])
 def test_units_on_the_kink_and_dead_units(h, bias, answers):
-    """Without bias, the first sample puts all units on it; the weights of some units are 0, and are asked for or not."""
+    """Without bias, the first sample puts all units on it; some units have weights of 0, and are asked for or not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9, bias), nn.ReLU(), nn.Linear(9, CLASSES))
     model[0].weight.data[:2] = 0

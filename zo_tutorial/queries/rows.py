@@ -4,20 +4,24 @@
 head follow, a few cumulants give f (`SeriesRows`); else the rows run through what follows (`TailRows`).
 """
 
+from types import EllipsisType
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zo_tutorial.queries.cost import CACHED, looped
 from zo_tutorial.queries.cross_entropy import CrossEntropy, Series, cross_entropy_of
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
 from zo_tutorial.queries.suffix import ELEMENTWISE, Head
 from zo_tutorial.queries.way import Unsuitable
 
 SHARE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of a change, that may be missing
+PASSES = 12  # over all units and rows, that one value of f takes in front of a head
 ROUNDINGS = 16  # of a row's loss, that its change may carry
 AT_ONCE = 2**18  # numbers of rows that run at once: they stay in the cache of a core
+Places = EllipsisType | tuple[Tensor, Tensor]  # all units in all rows, (units, B); or units and rows, (T,) each
 
 
 class RowLosses(Protocol):
@@ -27,14 +31,16 @@ class RowLosses(Protocol):
         z: the output of the layer in the rows that count (units, B).
         rows: which rows these are; None: all.
         rounding: of f.
+        seconds: an estimate of what one value of f takes.
     """
 
     z: Tensor
     rows: Tensor | None
     rounding: float
+    seconds: float
 
-    def changes(self, i: Tensor, b: Tensor, change: Tensor) -> Tensor:
-        """f_ib(δ), (*), for units i and rows b whose shapes broadcast to that of δ (*).
+    def changes(self, at: Places, change: Tensor) -> Tensor:
+        """f_ib(δ) for some δ at some places: (..., units, B) or (..., T).
 
         Raises:
             Unsuitable: δ is too large.
@@ -48,17 +54,17 @@ class SeriesRows:
     def __init__(self, head: Head, series: Series, z: Tensor):
         self.head, self.series, self.z = head, series, z
         self.rows: Tensor | None = None  # z holds no other rows
-        self.rounding = 0.0
+        self.rounding, self.seconds = 0.0, PASSES * z.element_size() / CACHED
         self.shares = _shares(series.cross_entropy, z)
 
-    def changes(self, i: Tensor, b: Tensor, change: Tensor) -> Tensor:
+    def changes(self, at: Places, change: Tensor) -> Tensor:
         if self.head.activation is not None:
-            z = self.z[i, b].double()  # a difference of activations needs the digits
-            change = self.head.activate(z + change).sub_(self.head.activate(z)).to(self.z)
-        losses = self.series.changes((i, b), change, SHARE[change.dtype])
+            z = self.z[at].double()  # a difference of activations needs the digits
+            change = self.head.activate(z + change).sub_(self.head.activate(z.clone())).to(self.z)
+        losses = self.series.changes(at, change, SHARE[change.dtype])
         if losses is None:
             raise Unsuitable("the steps are too large for the series")
-        return losses * self.shares[b]
+        return losses * (self.shares if at is ... else self.shares[at[1]])
 
 
 class TailRows:
@@ -94,9 +100,15 @@ class TailRows:
         self.width = max(len(z), *(made.results[0].shape[-1] for made in self.calls))
         self.base = self._losses(self.z.T.clone(), torch.arange(self.z.shape[1], device=z.device))  # (B,)
         largest = float((self.base * self.shares).abs().max())
+        self.seconds = looped(self.calls) / self.z.shape[1]
         self.rounding = ROUNDINGS * torch.finfo(z.dtype).eps * largest
 
-    def changes(self, i: Tensor, b: Tensor, change: Tensor) -> Tensor:
+    def changes(self, at: Places, change: Tensor) -> Tensor:
+        i, b = (
+            at
+            if at is not ...
+            else torch.meshgrid(*(torch.arange(size, device=change.device) for size in self.z.shape), indexing="ij")
+        )
         shape = change.shape
         i, b, change = i.expand(shape).flatten(), b.expand(shape).flatten(), change.flatten()
         portions = (part.split(max(1, AT_ONCE // self.width)) for part in (i, b, change))

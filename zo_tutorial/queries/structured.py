@@ -33,7 +33,7 @@ from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
 from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
-from zo_tutorial.queries.sums import summed
+from zo_tutorial.queries.sums import summed, summing
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
 
@@ -115,6 +115,11 @@ class Probe:
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
+        if kind == "coordinates" and isinstance(self.response, Units) and asked >= MANY * len(self.z):
+            try:
+                return summing(self._row_losses(), len(self.response.columns), asked)
+            except Unsuitable:
+                pass
         if self.head is not None:
             shifted = self.z.shape[1] if self.series is not None else self.response.bytes + self.o.numel()
             again = self.suffix.calls if self.suffix.cross_entropy is None else []
@@ -160,12 +165,15 @@ class Probe:
         changes[:, order] = torch.cat(parts, 1)
         return changes
 
+    def _row_losses(self) -> RowLosses:
+        """What one unit of one row does to the loss. Raises Unsuitable where rows depend on each other."""
+        if self.head is not None and self.series is not None:
+            return SeriesRows(self.head, self.series, self.z)
+        return TailRows(self.recording, self.recording.call_of(self.layer), self.z)
+
     def _sum_first(self, response: Units, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of many units at once: (S, K) from steps (S, K). Raises Unsuitable."""
-        if self.head is not None and self.series is not None:
-            losses: RowLosses = SeriesRows(self.head, self.series, self.z)
-        else:
-            losses = TailRows(self.recording, self.recording.call_of(self.layer), self.z)
+        losses = self._row_losses()
         columns = response.columns if losses.rows is None else response.columns[:, losses.rows]
         return summed(losses, columns, positions // response.run, response.at(positions), steps)
 

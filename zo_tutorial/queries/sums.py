@@ -18,12 +18,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from zo_tutorial.queries.cost import RATE, SETUP
 from zo_tutorial.queries.rows import RowLosses
 from zo_tutorial.queries.way import Unsuitable
 
 NEAR = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the largest f, by which a polynomial may be off
+NODES = 4  # values of f that make a polynomial
 FEW = 1 / 8  # of the samples of all weights, that may be asked for weight by weight
 AT_ONCE = 2**18  # values of f to ask for in one call
+
+
+def summing(losses: RowLosses, inputs: int, asked: int) -> float:
+    """An estimate of what a query takes where so many are asked, of a layer with so many inputs (seconds)."""
+    entries = losses.z.numel()
+    return (SETUP + NODES * entries * losses.seconds + 2 * entries * inputs / RATE) / asked
 
 
 def summed(losses: RowLosses, columns: Tensor, unit: Tensor, at: Tensor, steps: Tensor) -> Tensor:
@@ -41,25 +49,33 @@ def summed(losses: RowLosses, columns: Tensor, unit: Tensor, at: Tensor, steps: 
     reach = longest * columns.abs().amax(0)  # (B,)
     reach = torch.where(reach > 0, reach, longest)
     units, rows = losses.z.shape
-    i, b = torch.arange(units, device=unit.device)[:, None], torch.arange(rows, device=unit.device)
-    weight = unit.bincount(minlength=units)[:, None].to(steps) / len(
-        unit
-    )  # of a unit, the share of weights that it has
-    powers, bad = _polynomials(
-        lambda t: losses.changes(i, b, (t * reach).expand(-1, units, rows)), losses.rounding, weight
-    )
+
+    def f(t: Tensor) -> Tensor:  # (T, units, B) at δ = t r, for t (T, 1, 1)
+        return losses.changes(..., (t * reach).expand(-1, units, rows))
+
+    powers, bad = _polynomials(f, losses.rounding, unit.bincount(minlength=units).to(steps) / len(unit))
     total = torch.zeros_like(steps)
     for m, coefficients in reversed(list(enumerate(powers, 1))):
-        coefficients = coefficients.masked_fill(bad, 0.0) / reach**m  # (units, B)
-        total = (total + (coefficients @ columns.pow(m).T)[unit, at]) * steps
+        coefficients = (coefficients / reach**m).masked_fill_(bad, 0.0)  # (units, B)
+        power = columns if m == 1 else columns**m
+        total = (total + (coefficients @ power.T)[unit, at]) * steps
     for weights, i, b in _touched(bad, unit, AT_ONCE // len(steps)):
-        change = losses.changes(i, b, steps[:, weights] * columns[at[weights], b])  # (S, T)
+        change = losses.changes((i, b), steps[:, weights] * columns[at[weights], b])  # (S, T)
         total.index_add_(1, weights, change)
     return total
 
 
 def _polynomials(f: Callable[[Tensor], Tensor], rounding: float, weight: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Coefficients of t, t², … of f(t) for t between −1 and 1, each (units, B), and where they do not fit."""
+    """Coefficients of t, t², … of f(t) for t between −1 and 1, each (units, B), and where they do not fit.
+
+    Args:
+        rounding: of f.
+        weight: the share of weights that each unit has (units,).
+
+    Raises:
+        Unsuitable: they do not fit in too many places.
+    """
+    weight = weight[:, None]
     (odd, halfway_odd), (even, halfway_even) = _parts(f, weight.new_tensor([1.0, 0.5]).view(2, 1, 1))
     # odd = a_1 + a_3, halfway_odd = a_1 / 2 + a_3 / 8; even = a_2 + a_4, halfway_even = a_2 / 4 + a_4 / 16
     third, fourth = (odd - 2 * halfway_odd) * 4 / 3, (even - 4 * halfway_even) * 4 / 3
