@@ -98,8 +98,13 @@ MODELS = {
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 2, groups=2), nn.Flatten()
     ),
     "CNN": lambda: sequential(
-        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(),
-        nn.Conv2d(3, 4, 2, stride=2, padding=1, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 3),
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 2, stride=2, padding=1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(24, 3),
     ),
     "channels last": lambda: sequential(
         nn.Unflatten(1, (3, 2, 1)), nn.Conv2d(3, 4, (2, 1)).to(memory_format=torch.channels_last), nn.Flatten()
@@ -590,8 +595,6 @@ def test_too_little_memory_is_refused(batch):
 def test_memory_must_be_positive():
     with pytest.raises(ValueError, match="memory must be above 0 MB, not 0"):
         LossQueries(nn.Linear(1, 1), F.cross_entropy, {}, memory=0)
-
-
 
 
 # ---- low-rank directions

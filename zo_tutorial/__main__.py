@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--epochs", type=int, help="training.epochs")
         add("--data", choices=("auto", "full", "embedded"), help="data.source")
         _add_machine(add)
+        _add_threads(add)
         add("--quick", action="store_true", help="the same config cut to seconds: embedded data, few epochs and steps")
         add(
             "--out",
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     others = "models of other kinds (resnet18, …) instead, all weights trained: is `auto` ever slower than the loop?"
     add("--others", action="store_true", help=others)
     add("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
+    _add_threads(add)
     add("--out", type=path, metavar="FILE.json", help="write the rows there; written anew if it is there")
     add("--plot", type=path, metavar="FILE.png", help="a bar chart; written anew if it is there")
     return parser
@@ -129,6 +132,27 @@ def _parser() -> argparse.ArgumentParser:
 def _add_machine(add: Callable) -> None:
     add("--root", metavar="DIR", help="the data folder, instead of $ZO_TUTORIAL_DATA or the user's cache")
     add("--device", default="cpu", help="cpu (the default), cuda, …")
+
+
+def _add_threads(add: Callable) -> None:
+    what = (
+        "threads of torch, default 1: most operations are too short to share, and beside another busy process several "
+        "threads wait for each other, many times as long (OMP_WAIT_POLICY=PASSIVE in the environment helps)"
+    )
+    add("--threads", type=int, default=1, metavar="N", help=what)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch have so many threads."""
+    if count < 1:
+        raise ExperimentError(f"--threads {count}: should be at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -142,7 +166,8 @@ def _train(arguments: argparse.Namespace) -> None:
     command = "encoder" if config.model.name == "Encoder" else "mnist"
     if command != arguments.name:
         raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
-    record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
+    with _threads(arguments.threads):
+        record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
     print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 
 
@@ -240,8 +265,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.out, arguments.plot)):
         open(path, "ab").close()  # a folder that is not there is an error now, not in the end
     rows = []
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        rows += bench.bench(arguments.quick, device, peers=peers, others=arguments.others)
+    with _threads(arguments.threads):
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            rows += bench.bench(arguments.quick, device, peers=peers, others=arguments.others)
     print(bench.table(rows))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -178,9 +178,7 @@ class _Explorer:
         self.draw, self.grid = draw, grid
         self.texts = {name: [_text(value) for value in values] for name, values in grid.items()}
         # In the order of itertools.product: the last parameter runs fastest.
-        self.frames = [
-            self._frame(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())
-        ]
+        self.frames = [self._frame(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
 
     def __repr__(self):
         return f"explore({', '.join(f'{name}={texts}' for name, texts in self.texts.items())})"

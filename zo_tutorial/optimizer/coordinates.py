@@ -80,9 +80,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
         self.grad_estimator, self.STP = grad_estimator, STP
         made = torch_rule(rule, adam, (beta_1, beta_2), eps, momentum, weight_decay, dampening)
-        super().__init__(
-            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory
-        )
+        super().__init__(model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory)
 
     def step(  # type: ignore[override]  # as in the parent class
         self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None

@@ -90,9 +90,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         self.directions, self.rank = directions, whole_number("rank", rank)
         self.room = memory * 1e6 / 2  # bytes for the directions
         made = torch_rule(rule, adam, (beta_1, beta_2), eps)
-        super().__init__(
-            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory
-        )
+        super().__init__(model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory)
 
     def _add_estimate(self, loss: Tensor) -> None:
         index = self.active()

@@ -6,14 +6,15 @@ If one unit in front of a linear layer W changes by D, the outputs move along it
 p = softmax(o)
 
     L' − L = mean over b of  log Σ_k p_k exp(D w_k) − D w_y
-           = mean over b of  log(1 + Σ_m D^m M_m) − D w_y,      M_m = Σ_k p_k w_k^m / m!
+           = mean over b of  D (κ_1 − w_y) + D² κ_2 + D³ κ_3 + …
 
-A small change needs few moments M_m, which are shared by all coordinates of the unit (chapter 9). With class weights
-the mean over b has the weight of each sample's class.
+where m! κ_m is the m-th cumulant of w_k under p. A small change needs few of them, and they are shared by all
+coordinates of the unit (chapter 9). With class weights the mean over b has the weight of each sample's class.
 """
 
 from inspect import signature
-from math import exp, factorial
+from math import factorial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class CrossEntropy:
 
 
 class Series:
-    """The change of the cross-entropy when one unit behind W changes, at outputs o.
+    """The change of each sample's cross-entropy when one unit behind W changes, at outputs o.
 
     Args:
         o: (C, B).
@@ -74,31 +75,48 @@ class Series:
 
     def __init__(self, cross_entropy: CrossEntropy, o: Tensor, weight: Tensor):
         self.cross_entropy, self.p, self.weight = cross_entropy, o.softmax(0), weight
-        self.chosen = weight[cross_entropy.targets].T.contiguous()  # (units, B)
         self.size = weight.abs().max().item()
         self.moments: list[Tensor] = []
+        self.cumulants: list[Tensor] = []  # κ_m (units, B), less w_y in the first
 
-    def changes(self, unit: Tensor, change: Tensor) -> Tensor | None:
-        """L' − L for changes D (..., K, B) of the units `unit` (K,): (..., K); None if D is too large."""
+    def changes(self, at: Any, change: Tensor, share: float) -> Tensor | None:
+        """What each sample loses more when one unit changes by D, (..., *) where (units, B)[at] is (*): as D.
+
+        share: of the size of a change, by which the series may be off. None: it takes more than `ORDERS` cumulants.
+        """
         low, high = change.aminmax()
-        order = _order(max(-low.item(), high.item()) * self.size, torch.finfo(change.dtype).eps)
+        order = _order(max(-low.item(), high.item()) * self.size, share)
         if order is None:
             return None
-        while len(self.moments) < order:
-            m = len(self.moments) + 1
-            self.moments.append((self.weight**m).T @ self.p / factorial(m))  # (units, B)
-        # Horner's scheme: Σ_m D^m M_m = D (M_1 + D (M_2 + ...))
-        total = self.moments[order - 1][unit]
-        for moment in reversed(self.moments[: order - 1]):
-            total = torch.addcmul(moment[unit], change, total)
-        total = (total * change).log1p_()
-        return self.cross_entropy.mean(total.addcmul_(change, self.chosen[unit], value=-1))
+        while len(self.cumulants) < order:
+            self._add_cumulant()
+        # Horner's scheme: Σ_m D^m κ_m = D (κ_1 + D (κ_2 + …))
+        total = self.cumulants[order - 1][at]
+        for cumulant in reversed(self.cumulants[: order - 1]):
+            total = torch.addcmul(cumulant[at], change, total)
+        return total * change
+
+    def _add_cumulant(self) -> None:
+        """κ_n = M_n − Σ_{j<n} j/n κ_j M_{n−j} with the moments M_n = Σ_k p_k w_k^n / n!: the logarithm of a series."""
+        n = len(self.moments) + 1
+        self.moments.append((self.weight**n).T @ self.p / factorial(n))  # (units, B)
+        if n == 1:
+            self.cumulants.append(self.moments[0] - self.weight[self.cross_entropy.targets].T)
+            return
+        rest = self.moments[0] * self.moments[-2] / n
+        for j in range(2, n):
+            rest = rest + j / n * self.cumulants[j - 1] * self.moments[n - j - 1]
+        self.cumulants.append(self.moments[-1] - rest)
 
 
-def _order(x: float, eps: float) -> int | None:
-    """The order at which Σ_m x^m / m!, the largest that the series can be, is cut with an error below eps / 16."""
-    for order in range(1, ORDERS + 1) if x < 1 else ():
-        if x ** (order + 1) / factorial(order + 1) * exp(x) < eps / 16:
+def _order(x: float, share: float) -> int | None:
+    """The order at which Σ_m D^m κ_m can be cut for |D w| up to x, with an error below that share of x.
+
+    Where |D w| ≤ 1, also for complex D, E exp(D w) lies between e and e⁻¹ cos 1 from 0, in the half plane around 1: its
+    logarithm is at most 2. So by Cauchy's estimate |D^m κ_m| ≤ 2 x^m, and what is cut is at most 4 x^(order + 1).
+    """
+    for order in range(1, ORDERS + 1) if x < 0.5 else ():
+        if 4 * x**order <= share:
             return order
     return None
 

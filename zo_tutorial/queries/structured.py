@@ -28,12 +28,17 @@ from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
+from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
 from zo_tutorial.queries.sensitivity import Units, response
 from zo_tutorial.queries.slices import Slice
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
+from zo_tutorial.queries.sums import summed, summing
 from zo_tutorial.queries.walk import Walk
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
+
+MANY = 8  # losses asked for with each unit from which summing first pays
+DIGITS = 16  # roundings of a change that a series may be off
 
 
 class Structured:
@@ -103,6 +108,7 @@ class Probe:
         cached = self.cached = recording.layers_seen[layer]
         self.head, self.suffix, self.series = cached.head, cached.suffix, cached.series
         self.z, self.a, self.o = cached.z, cached.a, cached.o
+        self.recording, self.layer = recording, layer
         self.response = response(layer, name, cached.x, self.z, limit, cached.products)
         self.parameter = layer.get_parameter(name)
         points = limit / 2 / (cached.bytes + 4 * self.response.bytes)
@@ -113,6 +119,11 @@ class Probe:
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
+        if kind == "coordinates" and isinstance(self.response, Units) and asked >= MANY * len(self.z):
+            try:
+                return summing(self._row_losses(), len(self.response.columns), asked)
+            except Unsuitable:
+                pass
         if self.head is not None:
             shifted = self.z.shape[1] if self.series is not None else self.response.bytes + self.o.numel()
             again = self.suffix.calls if self.suffix.cross_entropy is None else []
@@ -135,6 +146,11 @@ class Probe:
     def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         value = self.parameter.reshape(-1)[positions]
         steps = torch.stack([(value + shift) - value for shift in shifts])  # (S, K): the shifts after rounding
+        if isinstance(self.response, Units) and steps.numel() >= MANY * len(self.z):
+            try:
+                return self._sum_first(self.response, positions, steps)
+            except Unsuitable:  # one by one, then
+                pass
         size = max(1, self.points // len(shifts))
         if self.series is not None and isinstance(self.response, Units):
             portions = zip(positions.split(size), steps.split(size, 1), strict=True)
@@ -153,6 +169,18 @@ class Probe:
         changes[:, order] = torch.cat(parts, 1)
         return changes
 
+    def _row_losses(self) -> RowLosses:
+        """What one unit of one row does to the loss. Raises Unsuitable where rows depend on each other."""
+        if self.head is not None and self.series is not None:
+            return SeriesRows(self.head, self.series, self.z)
+        return TailRows(self.recording, self.recording.call_of(self.layer), self.z)
+
+    def _sum_first(self, response: Units, positions: Tensor, steps: Tensor) -> Tensor:
+        """`look` at coordinates of many units at once: (S, K) from steps (S, K). Raises Unsuitable."""
+        losses = self._row_losses()
+        columns = response.columns if losses.rows is None else response.columns[:, losses.rows]
+        return summed(losses, columns, positions // response.run, response.at(positions), steps)
+
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""
         assert self.head is not None and self.series is not None and isinstance(self.response, Units)
@@ -161,9 +189,10 @@ class Probe:
         sensitivity = self.response.columns[self.response.at(positions)]  # (K, R)
         z = torch.addcmul(self.z[unit], steps.unsqueeze(2), sensitivity)  # (S, K, R)
         change = self.head.activate(z).sub_(self.a[unit])
-        changes = self.series.changes(unit, change)
-        if changes is None:  # the steps are too large for the series
-            o = torch.addcmul(self.o, self.head.transposed[unit].unsqueeze(2), change.unsqueeze(2))  # (S, K, C, R)
-            losses = self.suffix.losses(torch.cat([o.flatten(0, 1), self.o.unsqueeze(0)]))
-            changes = (losses[:-1] - losses[-1]).view_as(steps)
-        return changes
+        each = self.series.changes(unit, change, DIGITS * torch.finfo(change.dtype).eps)  # (S, K, R)
+        if each is not None:
+            return self.series.cross_entropy.mean(each)
+        # the steps are too large for the series
+        o = torch.addcmul(self.o, self.head.transposed[unit].unsqueeze(2), change.unsqueeze(2))  # (S, K, C, R)
+        losses = self.suffix.losses(torch.cat([o.flatten(0, 1), self.o.unsqueeze(0)]))
+        return (losses[:-1] - losses[-1]).view_as(steps)

@@ -33,11 +33,15 @@ class Walk:
 
     def __init__(self, layer: CachedLayer, response: Response, positions: Tensor, steps: Tensor, points: int):
         self.response, self.positions, self.steps, self.points = response, positions, steps, points
-        self.layer = copy(layer)
+        self.layer: CachedLayer = copy(layer)
         self.layer.z, self.layer.a, self.layer.o = layer.z.clone(), layer.a.clone(), layer.o.clone()
         runs, counts = (positions // response.run).unique_consecutive(return_counts=True)
         self.parts, self.stops = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
         self.stayed = False  # whether the last coordinate did
+        self.base: list[float] = []  # without a head: the loss where the slice stands, if it is known
+        self.part: Slice
+        self.sides: list[tuple[Tensor, list[float]]]
+        self.downhill: list[int]
         self._enter(0)
 
     def look(self, start: int, guesses: list[int], ahead: int) -> list[tuple[float, float, int]]:
@@ -90,7 +94,7 @@ class Walk:
         if start == self.stops[0]:
             del self.stops[0], self.parts[0]
         self.begin, self.stop = start, min(self.stops[0], start + self.points)
-        self.base = list[float]()  # the loss where the slice stands, if it is known
+        self.base = []
         self.part = Slice(self.layer, self.response.factors, self.parts[0])
         here = slice(start, self.stop)
         at = self.response.at(self.positions[here]).tolist()

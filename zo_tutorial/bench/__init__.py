@@ -1,11 +1,12 @@
 """What a training step costs: `python -m zo_tutorial bench`.
 
-For each model, method and query mode one step is timed, all of them in turn, again and again; the medians are compared
-with a first-order step (forward, backward, Adam) of the same model and with the loop. esti, batch and sign skip no
-coordinate and look to both sides; SGD takes 20 two-sided directions, Gaussian or, "low rank", of rank 1. Public
-libraries can be timed beside them, on the same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`.
-`bench --others` times "auto" on models of other kinds, all of their parameters trained: what its estimate of the work
-chooses should never be slower than the loop. Chapter 9 shows the result.
+For each case, method and query mode one step is timed, all of them in turn, again and again; the medians are compared
+with a first-order step (forward, backward, Adam) of the same model, with the loop, and with the least that the step's
+arithmetic takes on this machine (`bound`). esti, batch and sign skip no coordinate and look to both sides, "one-sided"
+is esti that looks to one; SGD takes 20 two-sided directions, Gaussian or, "low rank", of rank 1. Public libraries can
+be timed beside them, on the same batch: `pip install 'zo_tutorial[peers]'`, `bench --peers`. `bench --others` times
+"auto" on models of other kinds, all of their parameters trained: what its estimate of the work chooses should never be
+slower than the loop. Chapter 9 shows the result.
 """
 
 import importlib.util
@@ -16,17 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-from zo_tutorial.data import mnist
-from zo_tutorial.models import MNIST_CNN, MNIST_FC, MNIST_TTM, Encoder
+from zo_tutorial.bench.bound import Bound, rates
+from zo_tutorial.bench.cases import Case, cases_of_book, other_cases
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
-from zo_tutorial.pruning import apply_masks, grasp
-from zo_tutorial.selection import chosen_positions, kept_positions, select_parameters
 
-BATCH = 128
 COORDINATES = dict(grad_sparsity=0.0, lr=1e-3, h_smooth=1e-3, STP=True)
 METHODS: dict[str, tuple[Callable[..., ZerothOrderOptimizer], dict[str, Any]]] = {
     "SGD": (ZO_SGD_mask, dict(lr=1e-3, sigma=1e-3, n_sample=20)),
@@ -34,7 +31,9 @@ METHODS: dict[str, tuple[Callable[..., ZerothOrderOptimizer], dict[str, Any]]] =
     "esti": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="esti")),
     "batch": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="batch")),
     "sign": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="sign")),
+    "one-sided": (ZO_SCD_mask, COORDINATES | dict(grad_estimator="esti", STP=False)),
 }
+USUAL = tuple(method for method in METHODS if method != "one-sided")  # of a case that names none
 MODES = ("loop", "batched", "structured")
 LOOKS = [("black", ""), ("gray", ""), ("lightgray", ""), ("white", "///"), ("white", "...")]  # of modes, then of peers
 REPEATS = 5  # the most times that a step is repeated within a round
@@ -48,16 +47,16 @@ class Step:
 
     Args:
         share: fraction of the coordinates to keep.
-        everything: train all parameters, not only those of the supported layers.
     """
 
-    def __init__(self, model, masks, method: str, mode: str, batch: tuple, share: float = 1.0, everything=False):
-        self.model, self.method, self.mode, self.batch = model, method, mode, batch
+    def __init__(self, case: Case, method: str, mode: str, share: float = 1.0):
+        self.case, self.method, self.mode, self.share = case, method, mode, share
+        model, batch = case.model, case.batch
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}
-        self.seconds, self.queries, self.share = list[float](), 1, share
+        self.seconds, self.queries = list[float](), 1
         self.optimizer: ZerothOrderOptimizer | None = None
         if method == "FO":
-            self.run = _first_order_step(model, batch)
+            self.run = _first_order_step(case)
             return
         self.coordinates = sum(parameter.numel() for parameter in model.parameters())
         if mode in PEERS:
@@ -66,21 +65,21 @@ class Step:
             return
         cls, options = METHODS[method]
         generator = torch.Generator().manual_seed(0)
-        chosen = list(model.parameters()) if everything else None
         if share < 1:
-            masks = _thinned(model, masks, share, generator, chosen)
-        options = options | {"parameters": chosen, "generator": generator, "query_mode": mode}
-        made = self.optimizer = cls(model, F.cross_entropy, masks, **options)
+            trained = sum(map(len, case.kept().values()))
+            case = case.thinned(max(1, round(share * trained)), generator)
+        options = options | {"parameters": case.parameters(), "generator": generator, "query_mode": mode}
+        made = self.optimizer = cls(model, case.criterion, case.masks, **options)
         self.coordinates = sum(map(len, made.index.values()))
         self.run = lambda: made.step(*batch)
 
     def time(self) -> float:
         """Run one step; return and note its seconds."""
-        self.model.load_state_dict(self.weights)
+        self.case.model.load_state_dict(self.weights)
         before = self.optimizer.queries if self.optimizer else 0
         start = time.perf_counter()
         self.run()
-        if self.batch[0].is_cuda:
+        if next(self.case.model.parameters()).is_cuda:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
         if self.optimizer:
@@ -88,12 +87,12 @@ class Step:
         return self.seconds[-1]
 
 
-def _first_order_step(model, batch: tuple) -> Callable:
-    optimizer = torch.optim.Adam(model.parameters())
+def _first_order_step(case: Case) -> Callable:
+    optimizer = torch.optim.Adam(case.model.parameters())
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        case.criterion(case.model(case.batch[0]), case.batch[1]).backward()
         optimizer.step()
 
     return step
@@ -140,35 +139,36 @@ def bench(
 
     Args:
         quick: fewer rounds, and more steps scaled from a sample: under a minute on two cores.
-        models: {name: (model, masks, (inputs, targets))} on that device; None: the models of the book on real images.
+        models: {name: Case, or the first of its fields} on that device; None: those of the book.
         peers: the libraries of `PEERS` to time too, on models without masks.
-        others: the models of `others_of`, with all parameters trained, by directions and by esti in the modes
-            "loop" and "auto".
+        others: models of other kinds, in the modes "loop" and "auto".
 
     Returns:
         Rows with `model, method, mode, device, threads, queries, median_s, first_order_steps, speedup_over_loop,
-        queries_per_s, scaled`: seconds of a whole step, those over the seconds of a first-order step, the seconds
-        of the loop over those, and whether they were scaled from a sample. A first-order step counts as one query.
+        queries_per_s, bound_s, scaled`: seconds of a whole step, those over the seconds of a first-order step, the
+        seconds of the loop over those, the bound in seconds (None for peers), and whether they were scaled from a
+        sample. A first-order step counts as one query.
     """
     rounds, longest = (3, 0.12) if quick else (7, 1.0)  # rounds, seconds of a step
-    rows = []
-    models = models or (others_of(device) if others else _models(device))
+    rows, measured = [], rates(device)
+    models = models or (other_cases(device) if others else cases_of_book(device))
     bar = tqdm(total=len(models) * (1 + rounds), unit="round", desc=device, leave=False, delay=1)
-    for name, (model, masks, batch) in models.items():
-        trained = sum(map(len, _kept(model, masks, list(model.parameters()) if others else None).values()))
-        kinds = [("FO", "loop")] + [(method, mode) for method in METHODS for mode in MODES]
-        if others:
-            methods = ("SGD", "low rank", "esti")
-            kinds = [("FO", "loop")] + [(method, mode) for method in methods for mode in ("loop", "auto")]
-        kinds += [(method, peer) for peer in peers if masks is None for method in PEERS[peer]]
+    for name, given in models.items():
+        case = Case(*given)
+        trained = sum(map(len, case.kept().values()))
+        modes = ("loop", "auto") if others else MODES
+        kinds = [("FO", "loop")] + [(method, mode) for method in case.methods or USUAL for mode in modes]
+        kinds += [
+            (method, peer) for peer in peers if case.masks is None and case.methods is None for method in PEERS[peer]
+        ]
         steps = []
         for method, mode in kinds:
             whole = mode in PEERS or method in ("FO", "SGD", "low rank")
-            step = Step(model, masks, method, mode, batch, 1.0 if whole else min(1.0, 64 / trained), others)
+            step = Step(case, method, mode, 1.0 if whole else min(1.0, 64 / trained))
             step.time()  # the first one also compares with the loop
             enough = (8 if mode == "structured" else 1) * longest / 4
             while step.share < 1 and min(step.time(), step.time()) < enough:
-                step = Step(model, masks, method, mode, batch, min(1.0, 4 * step.share), others)
+                step = Step(case, method, mode, min(1.0, 4 * step.share))
                 step.time()
             step.seconds.clear()
             steps.append(step)
@@ -180,7 +180,7 @@ def bench(
                 for _ in range(min(REPEATS, int(longest / 4 / step.seconds[-1]))):
                     step.time()
             bar.update()
-        rows += _rows(name, steps, device, trained)
+        rows += _rows(name, steps, device, trained, Bound(case, measured))
     bar.close()
     return rows
 
@@ -190,86 +190,7 @@ def installed() -> tuple[str, ...]:
     return tuple(peer for peer in PEERS if importlib.util.find_spec(peer))
 
 
-def _models(device) -> dict:
-    """{name: (model, masks, batch)}; the weights come from a seed, the batch is real."""
-    generator = torch.Generator().manual_seed(0)
-    split = mnist.load("embedded").train
-    balanced = mnist.class_balanced(split, 25, generator)
-    images, labels = split.images[:BATCH].to(device), split.labels[:BATCH].to(device)
-    dense = MNIST_FC(generator=generator).to(device)
-    masks = grasp(dense, F.cross_entropy, balanced.images.to(device), balanced.labels.to(device), 0.95)
-    apply_masks(dense, masks)
-    return {
-        "FC": (dense, masks, (images, labels)),
-        "TTM": (MNIST_TTM(generator=generator).to(device), None, (images, labels)),
-        "CNN": (MNIST_CNN(generator=generator).to(device), None, (images, labels)),
-    }
-
-
-def others_of(device: str) -> dict:
-    """Models of other kinds on random inputs: {name: (model, None, batch)}. Two of them come from torchvision.
-
-    "encoder" is that of chapter 11 at full size, dense, its embeddings included: 15 million weights, 8 sentences.
-    """
-    import torchvision
-
-    class Sequence(nn.Module):
-        """A layer over a sequence (B, L, 64), and a linear layer on what it makes of it."""
-
-        def __init__(self, layer):
-            super().__init__()
-            self.embed, self.layer, self.head = nn.Linear(16, 64), layer, nn.Linear(64, 10)
-
-        def forward(self, x):
-            h = self.layer(self.embed(x))
-            return self.head((h[0] if isinstance(h, tuple) else h).mean(1))
-
-    class Intents(nn.Module):
-        """The encoder, without its tags."""
-
-        def __init__(self):
-            super().__init__()
-            self.encoder = Encoder(725, 26, 120, d_model=768, heads=12, d_hidden=3072)
-
-        def forward(self, tokens):
-            return self.encoder(tokens)[0]
-
-    torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-    models = {
-        "resnet18": torchvision.models.resnet18(num_classes=10),
-        "mobilenet": torchvision.models.mobilenet_v3_small(num_classes=10),
-        "transformer": Sequence(nn.TransformerEncoder(block, 2, enable_nested_tensor=False)),
-        "LSTM": Sequence(nn.LSTM(64, 64, batch_first=True)),
-        "encoder": Intents(),
-    }
-    images, words, tokens = torch.randn(8, 3, 64, 64), torch.randn(32, 20, 16), torch.randint(1, 725, (8, 16))
-    batches = [(x, torch.randint(10, (len(x),))) for x in (images, images, words, words, tokens)]
-    return {
-        name: (model.to(device), None, tuple(part.to(device) for part in batch))
-        for (name, model), batch in zip(models.items(), batches, strict=True)
-    }
-
-
-def _kept(model, masks, chosen: list | None = None) -> dict:
-    """The trained positions of each parameter."""
-    return kept_positions(select_parameters(model, parameters=chosen).trained, masks)
-
-
-def _thinned(model, masks, share: float, generator: torch.Generator, chosen: list | None) -> dict:
-    """Masks that keep a random share of what `masks` keep."""
-    index = _kept(model, masks, chosen)
-    sizes = [len(positions) for positions in index.values()]
-    sample = torch.zeros(sum(sizes), dtype=torch.bool)
-    sample[torch.randperm(len(sample), generator=generator)[: max(1, round(share * len(sample)))]] = True
-    thinned = {}
-    for (name, positions), kept in zip(index.items(), sample.split(sizes), strict=True):
-        thinned[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
-        thinned[name].view(-1)[chosen_positions(positions, kept).cpu()] = True
-    return thinned
-
-
-def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]:
+def _rows(name: str, steps: list[Step], device: str, trained: int, bound: Bound) -> list[dict]:
     """The rows of one model."""
     whole = {}  # seconds and queries of a whole step
     for step in steps:
@@ -291,6 +212,7 @@ def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]
             "first_order_steps": found[0] / first_order,
             "speedup_over_loop": whole[step.method, "loop"][0] / found[0],
             "queries_per_s": found[1] / found[0],
+            "bound_s": None if step.mode in PEERS else bound.seconds(step.method, found[1]),
             "scaled": step.share < 1,
         }
         for step in steps
@@ -300,12 +222,13 @@ def _rows(name: str, steps: list[Step], device: str, trained: int) -> list[dict]
 def table(rows: list[dict]) -> str:
     """The rows as text, one a line."""
     names = f"{'device':6} {'model':11} {'method':8} {'mode':10}"
-    lines = [f"{names} {'queries':>8} {'ms':>10} {'FO steps':>9} {'x loop':>7} {'queries/s':>10}"]
+    lines = [f"{names} {'queries':>8} {'ms':>10} {'FO steps':>9} {'x loop':>7} {'queries/s':>10} {'x bound':>8}"]
     for row in rows:
+        bound = f"{row['median_s'] / row['bound_s']:.1f}" if row["bound_s"] else ""
         lines.append(
             f"{row['device']:6} {row['model']:11} {row['method']:8} {row['mode']:10} {row['queries']:8,} "
             f"{1e3 * row['median_s']:10.2f} {row['first_order_steps']:9.1f} {row['speedup_over_loop']:7.1f} "
-            f"{row['queries_per_s']:10,.0f}" + (" scaled" if row["scaled"] else "")
+            f"{row['queries_per_s']:10,.0f} {bound:>8}" + (" scaled" if row["scaled"] else "")
         )
     return "\n".join(lines)
 

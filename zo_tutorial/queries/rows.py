@@ -1,0 +1,148 @@
+"""What one unit of one sample does to the loss, where no sample sees another one: f_ib(δ) = L(z_ib + δ) − L.
+
+`sums` asks for it. A sample is a row of the layer's output, such as a word of a sentence. If an activation and a linear
+head follow, a few cumulants give f (`SeriesRows`); else the rows run through what follows (`TailRows`).
+"""
+
+from types import EllipsisType
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zo_tutorial.queries.cost import CACHED, looped
+from zo_tutorial.queries.cross_entropy import CrossEntropy, Series, cross_entropy_of
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
+from zo_tutorial.queries.suffix import ELEMENTWISE, Head
+from zo_tutorial.queries.way import Unsuitable
+
+SHARE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of a change, that may be missing
+PASSES = 12  # over all units and rows, that one value of f takes in front of a head
+ROUNDINGS = 16  # of a row's loss, that its change may carry
+AT_ONCE = 2**18  # numbers of rows that run at once: they stay in the cache of a core
+Places = EllipsisType | tuple[Tensor, Tensor]  # all units in all rows, (units, B); or units and rows, (T,) each
+
+
+class RowLosses(Protocol):
+    """f.
+
+    Attributes:
+        z: the output of the layer in the rows that count (units, B).
+        rows: which rows these are; None: all.
+        rounding: of f.
+        seconds: an estimate of what one value of f takes.
+    """
+
+    z: Tensor
+    rows: Tensor | None
+    rounding: float
+    seconds: float
+
+    def changes(self, at: Places, change: Tensor) -> Tensor:
+        """f_ib(δ) for some δ at some places: (..., units, B) or (..., T).
+
+        Raises:
+            Unsuitable: δ is too large.
+        """
+        ...
+
+
+class SeriesRows:
+    """f in front of a head: D = φ(z + δ) − φ(z), then the series of the cross-entropy in D."""
+
+    def __init__(self, head: Head, series: Series, z: Tensor):
+        self.head, self.series, self.z = head, series, z
+        self.rows: Tensor | None = None  # z holds no other rows
+        self.rounding, self.seconds = 0.0, PASSES * z.element_size() / CACHED
+        self.shares = _shares(series.cross_entropy, z)
+
+    def changes(self, at: Places, change: Tensor) -> Tensor:
+        if self.head.activation is not None:
+            z = self.z[at].double()  # a difference of activations needs the digits
+            change = self.head.activate(z + change).sub_(self.head.activate(z.clone())).to(self.z)
+        losses = self.series.changes(at, change, SHARE[change.dtype])
+        if losses is None:
+            raise Unsuitable("the steps are too large for the series")
+        return losses * (self.shares if at is ... else self.shares[at[1]])
+
+
+class TailRows:
+    """f by running the changed rows through calls that treat each row alone: dense layers, elementwise, norms.
+
+    Args:
+        call: of the layer.
+        z: its output (units, all rows).
+
+    Raises:
+        Unsuitable: something else comes behind the layer.
+    """
+
+    def __init__(self, recording: Recording, call: Call, z: Tensor):
+        calls = recording.after(call)
+        self.enters, self.calls = call.results[0], list[Call]()
+        passed, last = [self.enters], call
+        cross_entropy = None
+        while cross_entropy is None:
+            if not calls or not _treats_rows(calls[0], passed[-1]):
+                raise Unsuitable("rows may depend on each other")
+            last = calls.pop(0)
+            self.calls.append(last)
+            passed.append(last.results[0])
+            cross_entropy = cross_entropy_of(recording, last, calls)
+        read = {id(tensor) for later in calls for tensor in later.tensors}
+        if read & set(map(id, passed[:-1])) - {id(passed[-1])}:
+            raise Unsuitable("an inner value is read elsewhere")
+        self.cross_entropy: CrossEntropy = cross_entropy
+        self.rows = cross_entropy.rows
+        self.z = z if self.rows is None else z[:, self.rows]
+        self.shares = _shares(cross_entropy, z)
+        self.width = max(len(z), *(made.results[0].shape[-1] for made in self.calls))
+        self.base = self._losses(self.z.T.clone(), torch.arange(self.z.shape[1], device=z.device))  # (B,)
+        largest = float((self.base * self.shares).abs().max())
+        self.seconds = looped(self.calls) / self.z.shape[1]
+        self.rounding = ROUNDINGS * torch.finfo(z.dtype).eps * largest
+
+    def changes(self, at: Places, change: Tensor) -> Tensor:
+        i, b = (
+            at
+            if at is not ...
+            else torch.meshgrid(*(torch.arange(size, device=change.device) for size in self.z.shape), indexing="ij")
+        )
+        shape = change.shape
+        i, b, change = i.expand(shape).flatten(), b.expand(shape).flatten(), change.flatten()
+        portions = (part.split(max(1, AT_ONCE // self.width)) for part in (i, b, change))
+        return torch.cat([self._changes(*part) for part in zip(*portions, strict=True)]).view(shape)
+
+    def _changes(self, i: Tensor, b: Tensor, change: Tensor) -> Tensor:
+        """(M,) from M entries."""
+        z = self.z.T[b]  # (M, units)
+        z[torch.arange(len(z), device=z.device), i] += change
+        return (self._losses(z, b) - self.base[b]) * self.shares[b]
+
+    def _losses(self, z: Tensor, b: Tensor) -> Tensor:
+        """Cross-entropies (M,) of outputs z (M, units) of the rows b."""
+        entered = self.enters
+        for call in self.calls:
+            z = call.again({id(entered): z}, None)
+            entered = call.results[0]
+        return F.cross_entropy(z, self.cross_entropy.targets[b], reduction="none")
+
+
+def _treats_rows(call: Call, enters: Tensor) -> bool:
+    """Whether a call takes the rows of one tensor and makes a row of each."""
+    if not call.args or call.args[0] is not enters or sum(tensor is enters for tensor in call.tensors) != 1:
+        return False
+    if isinstance(call.layer, nn.LayerNorm | nn.RMSNorm):
+        return len(call.layer.normalized_shape) == 1
+    if call.function in (F.layer_norm, F.rms_norm):
+        return len(call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]) == 1
+    return isinstance(call.layer, (nn.Linear, *TENSOR_LAYERS)) or (
+        call.function in ELEMENTWISE and len(call.tensors) == 1
+    )
+
+
+def _shares(cross_entropy: CrossEntropy, z: Tensor) -> Tensor:
+    """Of each row in the mean (B,)."""
+    rows = len(cross_entropy.targets)
+    return z.new_full((rows,), 1 / rows) if cross_entropy.shares is None else cross_entropy.shares
