@@ -59,8 +59,11 @@ class Chain:
             self.suffix, call = link.suffix, recording.call_of(link.layer)
         self.bytes = max(bytes_of(recording.call_of(layer).results) for layer in self.layers)
         self.after = self.suffix.calls if self.suffix.cross_entropy is None else []
-        if self.suffix.cross_entropy is not None:  # so much lower that exp cannot overflow
-            self.largest = units_first(self.layers[-1], recording.result(call)).amax(0)  # (R,)
+        if self.suffix.cross_entropy is not None:
+            o = units_first(self.layers[-1], recording.result(call))  # (C, R)
+            self.largest = o.amax(0)  # so much lower, exp cannot overflow
+            self.terms = 0.0  # what the loss has beside the cross-entropy
+            self.terms = recording.loss.detach().reshape(()) - self._cross_entropy(o.unsqueeze(0))
 
     def seconds(self, asked: int, known: bool) -> float:
         """An estimate of what a query takes; `known`: without the product of the first layer."""
@@ -84,17 +87,20 @@ class Chain:
         """
         for link in self.links:
             z = outputs_of(link.layer, link.activate(z), pairs.get(link.layer, []), factors.get(link.layer))
+        return self.suffix.losses(z) if self.suffix.cross_entropy is None else self._cross_entropy(z)
+
+    def _cross_entropy(self, o: Tensor) -> Tensor:
+        """(P,) losses from outputs (P, C, R)."""
         cross_entropy = self.suffix.cross_entropy
-        if cross_entropy is None:
-            return self.suffix.losses(z)
-        z = z - self.largest
+        assert cross_entropy is not None
+        o = o - self.largest
         if cross_entropy.rows is not None:
-            z = z[:, :, cross_entropy.rows]
-        losses = cross_entropy.losses(z)
+            o = o[:, :, cross_entropy.rows]
+        losses = cross_entropy.losses(o)
         if not cross_entropy.stable and not losses.isfinite().all():
             cross_entropy.stable = True
-            losses = cross_entropy.losses(z)
-        return losses
+            losses = cross_entropy.losses(o)
+        return losses + self.terms
 
 
 def outputs_of(layer: LayerOfChain, x: Tensor, pairs: Pairs, factors: Factors | None) -> Tensor:
