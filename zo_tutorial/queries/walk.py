@@ -9,7 +9,6 @@ are run together. Up to the first wrong guess they are those of the loop.
 """
 
 from copy import copy
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -38,9 +37,9 @@ class Walk:
         runs, counts = (positions // response.run).unique_consecutive(return_counts=True)
         self.parts, self.stops = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
         self.stayed = False  # whether the last coordinate did
-        self.base: list[float] = []  # without a head: the loss where the slice stands, if it is known
+        self.base: Tensor | None = None  # without a head: the loss where the slice stands, if it is known
         self.part: Slice
-        self.sides: list[tuple[Tensor, list[float]]]
+        self.sides: list[tuple[Tensor, Tensor]]
         self.downhill: list[int]
         self._enter(0)
 
@@ -58,33 +57,33 @@ class Walk:
         points = torch.diag_embed(steps[:, :2].T) + taken.expand(count, count).tril(-1)  # (2, K, K)
         self.to = torch.cat([points.flatten(0, 1), points.new_zeros(1, count)])  # (2 K + 1, K)
         self.sensitivity = self.sensitivities[here : here + count].flatten(1)  # (K, rows R)
-        losses, base = self._losses(), 2 * count
-        changes, self.ends = [], []
-        for k, (guess, moves) in enumerate(zip(guesses, self.moves[here : here + count], strict=True)):
-            self.ends.append((k, count + k, base))  # the points where it may be afterwards
-            plus, minus = (losses[side * count + k] - losses[base] if moves[side] else 0.0 for side in (0, 1))
-            changes.append((plus, minus, guess))
-            base = self.ends[k][guess]
-        return changes
+        self.bases = [2 * count]  # the points where each coordinate begins
+        for k, guess in enumerate(guesses[:-1]):
+            self.bases.append(self.bases[-1] if guess == STAY else guess * count + k)
+        losses = self._losses()
+        changes = losses[:-1].view(2, count) - losses[self.bases]
+        plus, minus = torch.where(self.moves[:, here : here + count], changes, 0.0).tolist()
+        return list(zip(plus, minus, guesses, strict=True))
 
     def go(self, k: int, side: int) -> None:
         self.stayed = side == STAY
         if self.layer.head is not None:
-            self.part.z += (self.to[self.ends[k][side]] @ self.sensitivity).view_as(self.part.z)
+            point = self.bases[k] if self.stayed else side * (len(self.to) // 2) + k
+            self.part.z += (self.to[point] @ self.sensitivity).view_as(self.part.z)
         elif not self.stayed:
             self.part.z, self.base = self.sides[side]
 
-    def _losses(self) -> list[float]:
-        """Of the points."""
+    def _losses(self) -> Tensor:
+        """Of the points: (2 K + 1,)."""
         z = torch.addmm(self.part.z.view(1, -1), self.to, self.sensitivity).unflatten(1, self.part.z.shape)
         if self.layer.head is None:  # a point takes long: where the slice stands is one of those looked at before
-            self.base = self.base or self.part.losses(z[2:]).tolist()
-            losses = self.part.losses(z[:2]).tolist()
-            self.sides = [(z[0], losses[:1]), (z[1], losses[1:])]
-            return losses + self.base
-        losses = self.part.losses(z).tolist()
+            losses = self.part.losses(z if self.base is None else z[:2])
+            self.base = losses[2:] if self.base is None else self.base
+            self.sides = [(z[0], losses[:1]), (z[1], losses[1:2])]
+            return torch.cat([losses[:2], self.base])
+        losses = self.part.losses(z)
         cross_entropy = self.layer.suffix.cross_entropy
-        if cross_entropy is not None and not cross_entropy.stable and not all(map(isfinite, losses)):
+        if cross_entropy is not None and not cross_entropy.stable and not losses.isfinite().all():
             cross_entropy.stable = True
             return self._losses()
         return losses
@@ -94,13 +93,13 @@ class Walk:
         if start == self.stops[0]:
             del self.stops[0], self.parts[0]
         self.begin, self.stop = start, min(self.stops[0], start + self.points)
-        self.base = []
+        self.base = None
         self.part = Slice(self.layer, self.response.factors, self.parts[0])
         here = slice(start, self.stop)
         at = self.response.at(self.positions[here]).tolist()
         self.sensitivities = self.response.sensitivities(at)  # (K, rows, R)
         size = self.sensitivities.flatten(1).abs().amax(1, keepdim=True)  # (K, 1)
-        self.moves = (self.steps[here, :2] * size != 0).tolist()  # whether z changes at all
+        self.moves = (self.steps[here, :2] * size != 0).T  # whether z changes at all (2, K)
         slope = self.part.slope()
         if slope is None:
             self.downhill = [STAY] * (self.stop - self.begin)
