@@ -15,7 +15,8 @@ gains little: most operations are too short to share):
   the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
 - Convolutions: flops. Of the next layer only what one changed channel needs, then all of the network behind it, is run
   for each shift. 8,557 queries of the 4,278-weight net: 0.4 to 0.6 s, of which matrix products 0.15 s.
-- `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
+- `sign`: dispatch. A look is some forty operations for a dozen coordinates or two (`walk`): 22 µs a coordinate of the
+  dense net, 80 of the TTM net, of which 25 are for the recordings that each core begins with.
 """
 
 import torch

@@ -63,5 +63,7 @@ def add_at(flat: Tensor, positions: Index, values: Tensor, scale: float) -> None
     """flat[..., positions] += scale · values, for flat (..., size) and values (..., K)."""
     if isinstance(positions, range):
         flat.add_(values.to(flat), alpha=scale)
-    else:
-        flat.scatter_add_(-1, positions.expand(values.shape), values.to(flat) * scale)  # quicker than index_add_
+    elif flat.dim() == 1 or flat.is_cuda:
+        flat.index_add_(-1, positions, values.to(flat), alpha=scale)
+    else:  # where index_add_ takes several times as long
+        flat.scatter_add_(-1, positions.expand(values.shape), values.to(flat) * scale)
