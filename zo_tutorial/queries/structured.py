@@ -120,9 +120,9 @@ class Probe:
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
-        if kind == "coordinates" and isinstance(self.response, Units) and asked >= MANY * len(self.z):
+        if kind == "coordinates" and self._many(asked):
             try:
-                return summing(self._row_losses(), len(self.response.columns), asked)
+                return summing(self._row_losses(), self.response.run, asked)
             except Unsuitable:
                 pass
         if self.head is not None:
@@ -146,10 +146,10 @@ class Probe:
 
     def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         value = self.parameter.reshape(-1)[positions]
-        steps = torch.stack([(value + shift) - value for shift in shifts])  # (S, K): the shifts after rounding
-        if isinstance(self.response, Units) and steps.numel() >= MANY * len(self.z):
+        steps = torch.stack([value + shift for shift in shifts]).sub_(value)  # (S, K): the shifts after rounding
+        if self._many(steps.numel()):
             try:
-                return self._sum_first(self.response, positions, steps)
+                return self._sum_first(positions, steps)
             except Unsuitable:  # one by one, then
                 pass
         size = max(1, self.points // len(shifts))
@@ -176,11 +176,16 @@ class Probe:
             return SeriesRows(self.head, self.series, self.z)
         return TailRows(self.recording, self.recording.call_of(self.layer), self.z)
 
-    def _sum_first(self, response: Units, positions: Tensor, steps: Tensor) -> Tensor:
+    def _many(self, asked: int) -> bool:
+        """Whether to sum first: many losses for each unit, all units with the same inputs."""
+        response, units = self.response, len(self.z)
+        return isinstance(response, Units) and response.group == units and asked >= MANY * units
+
+    def _sum_first(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of many units at once: (S, K) from steps (S, K). Raises Unsuitable."""
-        losses = self._row_losses()
-        columns = response.columns if losses.rows is None else response.columns[:, losses.rows]
-        return summed(losses, columns, positions // response.run, response.at(positions), steps)
+        assert isinstance(self.response, Units)
+        losses, columns = self._row_losses(), self.response.columns
+        return summed(losses, columns if losses.rows is None else columns[:, losses.rows], positions, steps)
 
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""

@@ -34,33 +34,41 @@ def summing(losses: RowLosses, inputs: int, asked: int) -> float:
     return (SETUP + NODES * entries * losses.seconds + 2 * entries * inputs / RATE) / asked
 
 
-def summed(losses: RowLosses, columns: Tensor, unit: Tensor, at: Tensor, steps: Tensor) -> Tensor:
-    """The changes Σ_b f of the loss under steps (S, K) of K weights: (S, K).
+def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor) -> Tensor:
+    """The changes Σ_b f of the loss under steps (S, K) of weights at K flat positions: (S, K).
 
     Args:
         losses: f.
-        columns: the inputs X, (Q, B).
-        unit, at: of each weight, its unit and its input: (K,).
+        columns: the inputs X (Q, B); the weight at position i Q + j moves unit i by the j-th of them.
 
     Raises:
         Unsuitable: there are too many places where no polynomial fits, or the steps are too large.
     """
-    longest = steps.abs().max()
+    if not bool((positions.diff() >= 0).all()):
+        order = positions.argsort(stable=True)
+        changes = torch.empty_like(steps)
+        changes[:, order] = summed(losses, columns, positions[order], steps[:, order])
+        return changes
+    low, high = steps.aminmax()
+    longest = torch.maximum(-low, high)
     reach = longest * columns.abs().amax(0)  # (B,)
     reach = torch.where(reach > 0, reach, longest)
-    units, rows = losses.z.shape
+    (units, rows), inputs = losses.z.shape, len(columns)
 
     def f(t: Tensor) -> Tensor:  # (T, units, B) at δ = t r, for t (T, 1, 1)
         return losses.changes(..., (t * reach).expand(-1, units, rows))
 
-    powers, bad = _polynomials(f, losses.rounding, unit.bincount(minlength=units).to(steps) / len(unit))
+    # the weights of unit i stand from starts[i] to starts[i + 1]
+    starts = torch.searchsorted(positions, torch.arange(0, (units + 1) * inputs, inputs, device=positions.device))
+    powers, bad = _polynomials(f, losses.rounding, starts.diff().to(steps) / len(positions))
     total = torch.zeros_like(steps)
     for m, coefficients in reversed(list(enumerate(powers, 1))):
         coefficients = (coefficients / reach**m).masked_fill_(bad, 0.0)  # (units, B)
         power = columns if m == 1 else columns**m
-        total = (total + (coefficients @ power.T)[unit, at]) * steps
-    for weights, i, b in _touched(bad, unit, AT_ONCE // len(steps)):
-        change = losses.changes((i, b), steps[:, weights] * columns[at[weights], b])  # (S, T)
+        total += (coefficients @ power.T).view(-1)[positions]
+        total *= steps
+    for weights, i, b in _touched(bad, starts, AT_ONCE // len(steps)):
+        change = losses.changes((i, b), steps[:, weights] * columns[positions[weights] % inputs, b])  # (S, T)
         total.index_add_(1, weights, change)
     return total
 
@@ -98,18 +106,15 @@ def _parts(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     return (plus - minus) / 2, (plus + minus) / 2
 
 
-def _touched(bad: Tensor, unit: Tensor, portion: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _touched(bad: Tensor, starts: Tensor, portion: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """All weights of the units at which samples are `bad` (units, B): weights, units and samples (T,), in portions."""
-    pairs = bad.nonzero()  # (P, 2)
-    if not len(pairs):
-        return
-    ascending = bool((unit.diff() >= 0).all())
-    order = torch.arange(len(unit), device=unit.device) if ascending else unit.argsort(stable=True)
-    count = unit.bincount(minlength=len(bad))
-    first = count.cumsum(0) - count  # the weights of unit i stand in `order` from first[i] on
-    for i, b in (some.T for some in pairs.split(max(1, portion * len(bad) // len(unit)))):
+    count = starts.diff()
+    for some in bad.nonzero().split(max(1, portion * len(count) // int(starts[-1]))):  # (P, 2)
+        if not len(some):
+            return
+        i, b = some.T
         times = count[i]  # (P,)
-        begin = first[i] - (times.cumsum(0) - times)
-        places = begin.repeat_interleave(times)
-        places += torch.arange(len(places), device=unit.device)
-        yield order[places], i.repeat_interleave(times), b.repeat_interleave(times)
+        begin = starts[i] - (times.cumsum(0) - times)
+        weights = begin.repeat_interleave(times)
+        weights += torch.arange(len(weights), device=weights.device)
+        yield weights, i.repeat_interleave(times), b.repeat_interleave(times)
