@@ -46,7 +46,8 @@ class Chain:
     def __init__(self, recording: Recording, start: Call):
         if not isinstance(start.layer, (nn.Linear, *TENSOR_LAYERS)):
             raise Unsuitable("no dense or tensor layer comes first")
-        self.recording, self.x = recording, units_first(start.layer, start.args[0]).unsqueeze(0)  # (1, in, R)
+        self.recording = recording
+        self.x = units_first(start.layer, start.args[0]).contiguous().unsqueeze(0)  # (1, in, R)
         self.suffix, self.links, call = Suffix(recording, start), list[Link](), start
         self.layers: list[LayerOfChain] = [start.layer]
         while self.suffix.cross_entropy is None:
@@ -60,7 +61,7 @@ class Chain:
         self.bytes = max(bytes_of(recording.call_of(layer).results) for layer in self.layers)
         self.after = self.suffix.calls if self.suffix.cross_entropy is None else []
         if self.suffix.cross_entropy is not None:
-            o = units_first(self.layers[-1], recording.result(call))  # (C, R)
+            o = units_first(self.layers[-1], recording.result(call)).contiguous()  # (C, R)
             self.largest = o.amax(0)  # so much lower, exp cannot overflow
             self.terms = 0.0  # what the loss has beside the cross-entropy
             self.terms = recording.loss.detach().reshape(()) - self._cross_entropy(o.unsqueeze(0))

@@ -63,8 +63,10 @@ class Directional:
         if not all(map(recording.undisturbed, starts)):
             raise Unsuitable("the input of a layer is not there any more")
         self.dense = {call.layer: call for call in starts if isinstance(call.layer, nn.Linear)}
-        self.x = {layer: units_first(layer, call.args[0]) for layer, call in self.dense.items()}  # (in, R)
-        self.z = {layer: units_first(layer, recording.result(call)) for layer, call in self.dense.items()}  # (out, R)
+        # inputs (in, R) and outputs (out, R) with the batch contiguous, as all that follows has it
+        self.x = {layer: units_first(layer, call.args[0]).contiguous() for layer, call in self.dense.items()}
+        results = {layer: recording.result(call) for layer, call in self.dense.items()}
+        self.z = {layer: units_first(layer, z).contiguous() for layer, z in results.items()}
         self.added = {
             (layer, name): _Added(layer, name, positions, self.x[layer])
             for (layer, name), positions in index.items()
