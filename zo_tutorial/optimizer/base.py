@@ -137,16 +137,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """Move the weights along what stands in `.grad`. A weight that its mask takes out stays as it is."""
-        fixed = {}
+        before = {}
         for name, parameter in self.trained.items():
-            if not isinstance(self.index[name], range) and parameter.grad is not None:
-                kept = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-                kept.view(-1)[self.index[name]] = True
-                parameter.grad.masked_fill_(~kept, 0)
-                fixed[name] = kept, parameter.clone()
+            index = self.index[name]
+            if not isinstance(index, range) and parameter.grad is not None:
+                kept = parameter.grad.take(index)
+                parameter.grad.zero_().put_(index, kept)
+                before[name] = parameter.clone()
         self.rule.step()
-        for name, (kept, before) in fixed.items():
-            self.trained[name].copy_(torch.where(kept, self.trained[name], before))
+        for name, value in before.items():
+            parameter, kept = self.trained[name], torch.as_tensor(self.index[name], device=value.device)
+            parameter.copy_(value.put_(kept, parameter.take(kept)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those of a layer that is unfrozen.
