@@ -137,15 +137,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """Move the weights along what stands in `.grad`. A weight that its mask takes out stays as it is."""
-        fixed = {}
+        before = {}
         for name, parameter in self.trained.items():
             index = self.index[name]
             if not isinstance(index, range) and parameter.grad is not None:
-                parameter.grad.copy_(_merged(parameter.grad, torch.zeros_like(parameter.grad), index))
-                fixed[name] = index, parameter.clone()
+                kept = parameter.grad.take(index)
+                parameter.grad.zero_().put_(index, kept)
+                before[name] = parameter.clone()
         self.rule.step()
-        for name, (index, before) in fixed.items():
-            self.trained[name].copy_(_merged(self.trained[name], before, index))
+        for name, value in before.items():
+            parameter, kept = self.trained[name], torch.as_tensor(self.index[name], device=value.device)
+            parameter.copy_(value.put_(kept, parameter.take(kept)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those of a layer that is unfrozen.
@@ -275,13 +277,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _share_with_rule(self) -> None:
         self.rule.param_groups, self.rule.state = self.param_groups, self.state
-
-
-def _merged(inside: Tensor, outside: Tensor, positions: Tensor) -> Tensor:
-    """A tensor with the numbers of `inside` at some flat positions, else those of `outside`, which it may overwrite."""
-    merged = outside.flatten()
-    merged[positions] = inside.flatten()[positions]
-    return merged.view(inside.shape)
 
 
 def torch_rule(

@@ -97,9 +97,13 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         if self.grad_estimator == "sign":
             raise ValueError("grad_estimator 'sign' moves weights itself, it has no estimate to update from: use step")
         for name, kept in self._choose().items():
-            estimate = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
-            if kept.any():
-                estimate[kept] = self._estimate(name, chosen_positions(self.index[name], kept), loss)
+            positions = chosen_positions(self.index[name], kept)
+            if len(positions) == len(kept):
+                estimate = self._estimate(name, positions, loss)
+            else:
+                estimate = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
+                if len(positions):
+                    estimate[kept] = self._estimate(name, positions, loss)
             self._add(name, estimate)
 
     def _choose(self) -> dict[str, Tensor]:

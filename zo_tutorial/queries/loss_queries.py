@@ -135,7 +135,9 @@ class LossQueries:
             FloatingPointError: no shift moves any of these weights.
         """
         value = self.parameters[name].detach().flatten()[index]
-        distance = ((value + high).double() - (value + low).double()) * (1 if high > low else -1)
+        precise = torch.promote_types(value.dtype, torch.float32)
+        distance = (value + high).to(precise).sub_((value + low).to(precise))
+        distance = distance if high > low else -distance
         lost = int((distance == 0).sum()) if high != low else 0
         if lost:
             self._lost(name, max(abs(high), abs(low)), lost == len(index), f"{lost:,} of {len(index):,} weights")
@@ -280,8 +282,10 @@ class LossQueries:
 
     def _checked(self, losses: Tensor, where: str) -> Tensor:
         """The losses, or an error that names step and layer if one of them is not a finite number."""
-        finite = losses.isfinite()
-        if not finite.all():
+        if not losses.sum().isfinite():  # a single pass
+            finite = losses.isfinite()
+            if finite.all():
+                return losses
             value = losses[~finite].flatten()[0].item() if losses.dim() else losses.item()
             raise FloatingPointError(f"the loss is {value} at step {self.steps}, {where}")
         return losses

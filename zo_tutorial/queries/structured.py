@@ -33,7 +33,7 @@ from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
 from zo_tutorial.queries.sensitivity import Units, response
 from zo_tutorial.queries.slices import Slice
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
-from zo_tutorial.queries.sums import summed, summing
+from zo_tutorial.queries.sums import is_ascending, is_range, summed, summing
 from zo_tutorial.queries.walk import Walk
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
@@ -139,13 +139,15 @@ class Probe:
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""
         changes = self._look(positions, shifts)
-        if self.suffix.cross_entropy is not None and not changes.isfinite().all():
+        if self.suffix.cross_entropy is not None and not changes.sum().isfinite():
             self.suffix.cross_entropy.stable = True
             changes = self._look(positions, shifts)
         return changes
 
     def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:
-        value = self.parameter.reshape(-1)[positions]
+        value = self.parameter.reshape(-1)
+        if len(positions) != len(value) or not is_range(positions):
+            value = value[positions]
         steps = torch.stack([value + shift for shift in shifts]).sub_(value)  # (S, K): the shifts after rounding
         if self._many(steps.numel()):
             try:
@@ -185,7 +187,12 @@ class Probe:
         """`look` at coordinates of many units at once: (S, K) from steps (S, K). Raises Unsuitable."""
         assert isinstance(self.response, Units)
         losses, columns = self._row_losses(), self.response.columns
-        return summed(losses, columns if losses.rows is None else columns[:, losses.rows], positions, steps)
+        columns = columns if losses.rows is None else columns[:, losses.rows]
+        if is_ascending(positions):
+            return summed(losses, columns, positions, steps)
+        order, changes = positions.argsort(stable=True), torch.empty_like(steps)
+        changes[:, order] = summed(losses, columns, positions[order], steps[:, order])
+        return changes
 
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""

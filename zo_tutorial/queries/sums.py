@@ -35,7 +35,7 @@ def summing(losses: RowLosses, inputs: int, asked: int) -> float:
 
 
 def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor) -> Tensor:
-    """The changes Σ_b f of the loss under steps (S, K) of weights at K flat positions: (S, K).
+    """The changes Σ_b f of the loss under steps (S, K) of weights at K ascending flat positions: (S, K).
 
     Args:
         losses: f.
@@ -44,11 +44,6 @@ def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor)
     Raises:
         Unsuitable: there are too many places where no polynomial fits, or the steps are too large.
     """
-    if not bool((positions.diff() >= 0).all()):
-        order = positions.argsort(stable=True)
-        changes = torch.empty_like(steps)
-        changes[:, order] = summed(losses, columns, positions[order], steps[:, order])
-        return changes
     low, high = steps.aminmax()
     longest = torch.maximum(-low, high)
     reach = longest * columns.abs().amax(0)  # (B,)
@@ -61,16 +56,27 @@ def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor)
     # the weights of unit i stand from starts[i] to starts[i + 1]
     starts = torch.searchsorted(positions, torch.arange(0, (units + 1) * inputs, inputs, device=positions.device))
     powers, bad = _polynomials(f, losses.rounding, starts.diff().to(steps) / len(positions))
-    total = torch.zeros_like(steps)
+    total, whole = torch.zeros_like(steps), units * inputs == len(positions) and is_range(positions)
     for m, coefficients in reversed(list(enumerate(powers, 1))):
         coefficients = (coefficients / reach**m).masked_fill_(bad, 0.0)  # (units, B)
         power = columns if m == 1 else columns**m
-        total += (coefficients @ power.T).view(-1)[positions]
+        values = (coefficients @ power.T).view(-1)
+        total += values if whole else values[positions]
         total *= steps
     for weights, i, b in _touched(bad, starts, AT_ONCE // len(steps)):
         change = losses.changes((i, b), steps[:, weights] * columns[positions[weights] % inputs, b])  # (S, T)
         total.index_add_(1, weights, change)
     return total
+
+
+def is_ascending(positions: Tensor) -> bool:
+    return bool((positions[1:] >= positions[:-1]).all())
+
+
+def is_range(positions: Tensor) -> bool:
+    """Whether they are 0, 1, 2, …"""
+    ends = positions[[0, -1]].tolist() == [0, len(positions) - 1]
+    return ends and bool((positions[1:] > positions[:-1]).all())
 
 
 def _polynomials(f: Callable[[Tensor], Tensor], rounding: float, weight: Tensor) -> tuple[list[Tensor], Tensor]:
