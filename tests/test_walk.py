@@ -32,24 +32,24 @@ def net(layer, activation="relu"):
     return nn.Sequential(LAYERS[layer](), ACTIVATIONS[activation], *reshape, nn.Linear(HEADS[layer], 3))
 
 
-def descended(model, mode, shift, three_points, share=0.8):
+def descended(model, mode, shift, three_points, criterion=F.cross_entropy, share=0.8):
     """Parameters, count and loss after `sign` over a random share of the weights, zeros among the inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = next(model.parameters())
     x = torch.randn(20, 12, generator=generator).to(weight) * (torch.rand(20, 12, generator=generator) > 0.3)
     x[:, 2] = 0  # some weights change nothing
     model, y = copy.deepcopy(model), torch.randint(3, (20,), generator=generator)
-    queries = LossQueries(model, F.cross_entropy, select_parameters(model).trained, mode)
+    queries = LossQueries(model, criterion, select_parameters(model).trained, mode)
     running = queries.start(x, y, seed=0)[1].item()
     for name, parameter in queries.parameters.items():
         kept = torch.rand(parameter.numel(), generator=generator) < share
         running = queries.descend(name, kept.nonzero().flatten(), shift, three_points, running)
-    return list(model.parameters()), queries.count, running, F.cross_entropy(model(x), y).item()
+    return list(model.parameters()), queries.count, running, criterion(model(x), y).item()
 
 
-def same(model, shift, three_points):
-    mine, count, running, loss = descended(model, "structured", shift, three_points)
-    theirs, expected, reference, _ = descended(model, "loop", shift, three_points)
+def same(model, *options):
+    mine, count, running, loss = descended(model, "structured", *options)
+    theirs, expected, reference, _ = descended(model, "loop", *options)
     assert all(map(torch.equal, mine, theirs))
     assert count == expected
     assert running == pytest.approx(reference, rel=1e-10) and running == pytest.approx(loss, rel=1e-10)
@@ -61,6 +61,14 @@ def same(model, shift, three_points):
 def test_the_moves_are_those_of_the_loop(layer, activation, shift):
     for three_points in (True, False):
         same(net(layer, activation).double(), shift, three_points)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("shift", [1e-3, 0.5, 3.0])
+@pytest.mark.parametrize("three_points", [True, False])
+def test_without_a_slope_too(layer, shift, three_points):
+    """Of another loss; with large steps many stay, and looks reach ahead."""
+    same(net(layer).double(), shift, three_points, lambda z, y: z.square().mean() + F.cross_entropy(z, y).square())
 
 
 @pytest.mark.parametrize("layer", ["dense", "TTM"])

@@ -36,8 +36,8 @@ class Walk:
         self.layer.z, self.layer.a, self.layer.o = layer.z.clone(), layer.a.clone(), layer.o.clone()
         runs, counts = (positions // response.run).unique_consecutive(return_counts=True)
         self.parts, self.stops = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
-        self.stayed = False  # whether the last coordinate did
-        self.base: Tensor | None = None  # without a head: the loss where the slice stands, if it is known
+        self.stayed = 0  # how many coordinates did since the last move
+        self.base: Tensor | None = None  # the loss where the slice stands, if it is known
         self.part: Slice
         self.sides: list[tuple[Tensor, Tensor]]
         self.downhill: list[int]
@@ -48,7 +48,9 @@ class Walk:
             self.part.leave()
             self._enter(start)
         here = start - self.begin
-        count = 1 if self.layer.head is None else min(ahead, self.stop - start)
+        count = min(ahead, self.stop - start)
+        if self.layer.suffix.cross_entropy is None:  # nothing foretells a move, and a look in vain takes long
+            count = 1 if self.layer.head is None else min(count, max(1, self.stayed))
         fill = [STAY] * count if self.stayed else self.downhill[here : here + count]
         guesses = (guesses + fill[len(guesses) :])[:count]
         steps = self.steps[start : start + count]  # (K, 3)
@@ -66,21 +68,23 @@ class Walk:
         return list(zip(plus, minus, guesses, strict=True))
 
     def go(self, k: int, side: int) -> None:
-        self.stayed = side == STAY
-        if self.layer.head is not None:
+        self.stayed = self.stayed + k + 1 if side == STAY else 0
+        if not self.sides:
             point = self.bases[k] if self.stayed else side * (len(self.to) // 2) + k
             self.part.z += (self.to[point] @ self.sensitivity).view_as(self.part.z)
-        elif not self.stayed:
+        elif side != STAY:
             self.part.z, self.base = self.sides[side]
 
     def _losses(self) -> Tensor:
         """Of the points: (2 K + 1,)."""
         z = torch.addmm(self.part.z.view(1, -1), self.to, self.sensitivity).unflatten(1, self.part.z.shape)
-        if self.layer.head is None:  # a point takes long: where the slice stands is one of those looked at before
-            losses = self.part.losses(z if self.base is None else z[:2])
+        if self.layer.suffix.cross_entropy is None and len(z) == 3:
+            # a point takes long: where the slice stands is one of those looked at before
+            losses = self.part.losses(z.clone() if self.base is None else z[:2].clone())
             self.base = losses[2:] if self.base is None else self.base
             self.sides = [(z[0], losses[:1]), (z[1], losses[1:2])]
             return torch.cat([losses[:2], self.base])
+        self.base, self.sides = None, []
         losses = self.part.losses(z)
         cross_entropy = self.layer.suffix.cross_entropy
         if cross_entropy is not None and not cross_entropy.stable and not losses.isfinite().all():
