@@ -144,6 +144,14 @@ def test_outputs_whose_exponential_overflows(dtype, monkeypatch):
         same(model, *batch(name, dtype), scales=(1.0, -1.0))
 
 
+def test_outputs_whose_exponential_vanishes(monkeypatch):
+    chained(monkeypatch)
+    model = of("dense").float()
+    with torch.no_grad():
+        model[2].bias -= 95  # in single precision exp(-95) has few digits left
+    same(model, *batch("dense", torch.float32))
+
+
 class Skips(nn.Module):
     """A layer's activation is read twice: no chain."""
 
