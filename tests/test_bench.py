@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from zo_tutorial import bench
+from zo_tutorial.bench.bound import Rates
 from zo_tutorial.__main__ import main
 
 KEPT = 50  # weights of the first layer
@@ -25,7 +26,7 @@ def rows():
 
 
 def test_there_is_a_row_for_each_model_method_and_mode(rows):
-    expected = {("FO", "loop")} | {(m, mode) for m in bench.METHODS for mode in bench.MODES}
+    expected = {("FO", "loop")} | {(m, mode) for m in bench.USUAL for mode in bench.MODES}
     for name in ("small", "wide"):
         assert {(row["method"], row["mode"]) for row in rows if row["model"] == name} == expected
     assert len(rows) == 2 * len(expected)
@@ -56,6 +57,27 @@ def test_ratios_follow_from_the_seconds(rows):
         assert row["first_order_steps"] == pytest.approx(row["median_s"] / first_order)
         assert row["speedup_over_loop"] == pytest.approx(loop / row["median_s"])
         assert row["queries_per_s"] == pytest.approx(row["queries"] / row["median_s"])
+
+
+def test_no_step_is_faster_than_its_bound(rows):
+    assert all(0 < row["bound_s"] < row["median_s"] for row in rows)
+
+
+def test_the_bound_counts_products_and_exponentials():
+    """A net 20-6-3 on 16 samples: 16 (120 + 18) multiply-adds a pass, 48 exponentials and 16 logarithms a loss."""
+    net = nn.Sequential(nn.Linear(20, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    case = bench.Case(net, None, (torch.randn(16, 20), torch.arange(16) % 3))
+    never = float("inf")
+    products = bench.Bound(case, Rates(1.0, never, never, never))
+    exponentials = bench.Bound(case, Rates(never, 1.0, never, never))
+    passes = 16 * (120 + 18)
+    for method, queries, expected in [("FO", 1, 3), ("esti", 277, 3), ("SGD", 41, 41 - 20 * 120 / 138)]:
+        assert products.seconds(method, queries) == pytest.approx(expected * passes)
+    assert products.seconds("low rank", 41) == pytest.approx(41 * passes - 40 * 16 * 120)
+    assert products.seconds("one-sided", 139) == pytest.approx(passes + 120 * 16 * 18)
+    assert exponentials.seconds("sign", 100) == 100 * 48
+    assert exponentials.seconds("FO", 1) == 48 + 16 * 6  # and tanh
+    assert bench.Bound(case, Rates(never, never, 1.0, never)).seconds("sign", 100) == 1600
 
 
 def test_table_and_chart(rows):

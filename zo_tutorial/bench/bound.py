@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_tutorial.bench.cases import Case
-from zo_tutorial.queries import LossQueries
-from zo_tutorial.queries.cost import multiply_adds
-from zo_tutorial.queries.recording import Call, Recording
+from zo_tutorial.queries import LossQueries, multiply_adds
 from zo_tutorial.selection import layer_of
 
 
@@ -70,7 +68,7 @@ class Bound:
         trained: dict[str, Tensor] = {name: case.model.get_parameter(name) for name in case.kept()}
         queries = LossQueries(case.model, case.criterion, trained, "loop")
         queries.start(case.batch[0], case.batch[1], seed=0)
-        self.recording: Recording = queries.evaluation.recorded()
+        self.recording = queries.evaluation.recorded()
         self.calls = self.recording.calls
 
     def seconds(self, method: str, queries: int) -> float:
@@ -100,16 +98,16 @@ class Bound:
                 break
         return queries * forward - saved + drawn
 
-    def _behind(self, name: str) -> list[Call]:
+    def _behind(self, name: str) -> list:
         """The calls behind the layer of a parameter."""
         modules = dict(self.case.model.named_modules())
         layer = modules[layer_of(modules, name)]
         return self.recording.after(self.recording.call_of(layer))
 
-    def _time(self, calls: list[Call]) -> float:
+    def _time(self, calls: list) -> float:
         return sum(map(multiply_adds, calls)) / self.rates.multiply_adds + self._transcendental(calls)
 
-    def _transcendental(self, calls: list[Call]) -> float:
+    def _transcendental(self, calls: list) -> float:
         """Of the exponentials (or tanh, erf: as one each) and, in a softmax, the logarithms."""
         exponentials = logarithms = 0
         for call in calls:

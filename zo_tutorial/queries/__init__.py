@@ -16,7 +16,8 @@ the slope.
 """
 
 from zo_tutorial.queries.choice import QUERY_MODES
+from zo_tutorial.queries.cost import multiply_adds
 from zo_tutorial.queries.evaluation import call
 from zo_tutorial.queries.loss_queries import LossQueries
 
-__all__ = ["QUERY_MODES", "LossQueries", "call"]
+__all__ = ["QUERY_MODES", "LossQueries", "call", "multiply_adds"]
