@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from zo_tutorial import bench
-from zo_tutorial.bench.bound import Rates
 from zo_tutorial.__main__ import main
+from zo_tutorial.bench.bound import Rates
 
 KEPT = 50  # weights of the first layer
 
