@@ -12,20 +12,15 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.queries.cross_entropy import RESHAPE, Series, cross_entropy_of
+from zo_tutorial.queries.points import ELEMENTWISE, RELU, Points
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of, version
 from zo_tutorial.queries.sensitivity import has_units_last, matrix, products, slice_of, units_back, units_first
 from zo_tutorial.queries.way import Unsuitable
 
-RELU = {F.relu, torch.relu, Tensor.relu}
-ELEMENTWISE = RELU | {
-    torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
-    F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
-}  # fmt: skip
 HeadLayer = nn.Linear | nn.Conv2d | TensorLayer
 ONE_BY_ONE = 3  # so few points are run without vmap
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
@@ -211,6 +206,7 @@ class CachedLayer:
         head, suffix: the special form of what comes next, if it has one, and all the rest.
         a, o: φ(z) (units, R) and W φ(z) + b (C, R), with a head.
         series: with a head that enters cross-entropy.
+        points: what runs the calls behind for many outputs, where they have rules and do not end in that form.
         bytes: what one perturbed output needs, apart from the slice that changes.
     """
 
@@ -236,8 +232,10 @@ class CachedLayer:
         except Unsuitable:
             self.suffix = Suffix(recording, call)
             self.bytes = self.suffix.bytes + 2 * bytes_of([self.z])
+            self.points = self._points(recording, call)
             return
         self.suffix = self.head.suffix
+        self.points = None if self.suffix.cross_entropy is not None else self._points(recording, call)
         self.bytes = self.suffix.bytes
         if self.suffix.cross_entropy is not None and self.suffix.cross_entropy.rows is not None:
             # each row of x makes the same row of the outputs, and some do not count
@@ -249,3 +247,9 @@ class CachedLayer:
             self.o = self.suffix.cross_entropy.shifted(self.o)
             if not isinstance(self.head, ConvolutionHead):
                 self.series = Series(self.suffix.cross_entropy, self.o, self.head.weight)
+
+    def _points(self, recording: Recording, call: Call) -> Points | None:
+        try:
+            return Points(recording, call, recording.after(call)) if has_units_last(call.layer, call.results[0]) else None
+        except Unsuitable:
+            return None
