@@ -18,6 +18,7 @@ from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recordin
 
 CALL = 6e-6  # seconds
 VMAP = 8
+RULE = 2e-5  # seconds that a call takes by its rule (`points`)
 RATE = 4e10  # multiply-adds a second
 CACHED, MEMORY = 2e10, 5e9  # bytes a second
 CACHE = 1e6  # bytes
@@ -40,6 +41,15 @@ def perturbing(parameters: Iterable[Tensor]) -> float:
     """Seconds to put parameters back and to add a direction to them."""
     size = bytes_of(parameters)
     return 3 * size / (MEMORY if size > CACHE else CACHED)
+
+
+def beside(calls: Iterable[Call], points: float) -> float:
+    """Seconds of a query that runs some calls by their rules, so many points side by side in the cache."""
+    total = 0.0
+    for call in calls:
+        moved = bytes_of(call.results) + bytes_of(call.tensors)
+        total += RULE / points + max(multiply_adds(call) / RATE, moved / CACHED)
+    return total
 
 
 def vmapped(

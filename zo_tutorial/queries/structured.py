@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.low_rank import LowRank
-from zo_tutorial.queries.cost import MEMORY, SETUP, looped, vmapped
+from zo_tutorial.queries.cost import MEMORY, SETUP, beside, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
-from zo_tutorial.queries.points import Part
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
+from zo_tutorial.queries.rules import Part
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
@@ -100,19 +100,21 @@ class Probe:
         cached = recording.layers_seen[layer]
         self.head, self.suffix, self.series = cached.head, cached.suffix, cached.series
         self.z, self.a, self.o = cached.z, cached.a, cached.o
-        self.beside = cached.points
+        self.behind = cached.points
         self.response = response(layer, name, cached.x, self.z, limit, cached.products)
         self.parameter = layer.get_parameter(name)
         points = limit / 2 / (cached.bytes + 4 * self.response.bytes)
         if points < 2:
             raise Unsuitable("the memory does not suffice for two points")
         quick = 2 * AT_ONCE / cached.bytes if self.head is None else CACHE / self.response.bytes
-        if self.beside is not None:
-            quick = CACHE / self.beside.size
+        if self.behind is not None:
+            quick = 2 * CACHE / self.behind.size
         self.points = int(min(points, max(2, quick)))  # to handle at once
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
+        if self.behind is not None and kind != "descend":
+            return SETUP / asked + beside(self.behind.calls, min(asked, self.points))
         if self.head is not None:
             shifted = self.z.shape[1] if self.series is not None else self.response.bytes + self.o.numel()
             again = self.suffix.calls if self.suffix.cross_entropy is None else []
@@ -136,9 +138,10 @@ class Probe:
         value = self.parameter.reshape(-1)[positions]
         steps = torch.stack([(value + shift) - value for shift in shifts])  # (S, K): the shifts after rounding
         size = max(1, self.points // len(shifts))
-        if self.beside is not None:
-            portions = zip(positions.split(size), steps.split(size, 1), strict=True)
-            return torch.cat([self._change_beside(p, s) for p, s in portions], 1)
+        if self.behind is not None:
+            count = -(-len(positions) // size)  # of portions, all about as large
+            portions = zip(positions.tensor_split(count), steps.tensor_split(count, 1), strict=True)
+            return torch.cat([self._change_behind(p, s) for p, s in portions], 1)
         if self.series is not None and isinstance(self.response, Units):
             portions = zip(positions.split(size), steps.split(size, 1), strict=True)
             return torch.cat([self._change_units(p, s) for p, s in portions], 1)
@@ -156,18 +159,18 @@ class Probe:
         changes[:, order] = torch.cat(parts, 1)
         return changes
 
-    def _change_beside(self, positions: Tensor, steps: Tensor) -> Tensor:
+    def _change_behind(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any slices, run side by side: (S, K) from steps (S, K)."""
-        assert self.beside is not None
+        assert self.behind is not None
         left, slices, right = self.response.factors
         i = positions // self.response.run % slices
         units = torch.arange(left * slices * right, device=i.device).view(left, slices, right)
         units = units[:, i].transpose(0, 1).flatten(1)  # (K, rows)
         sensitivity = self.response.sensitivities(self.response.at(positions).tolist())  # (K, rows, R)
         z = torch.addcmul(self.z[units], steps[..., None, None], sensitivity).flatten(0, 1)  # (S K, rows, R)
-        z = z.transpose(1, 2).reshape(len(z), *self.beside.start.shape[:-1], -1)
-        part = Part(z, -1, units.repeat(len(steps), 1), self.beside.start)
-        return (self.beside.losses(part) - self.beside.base).view_as(steps)
+        z = z.transpose(1, 2).reshape(len(z), *self.behind.start.shape[:-1], -1)
+        part = Part(z, -1, units.repeat(len(steps), 1), self.behind.start)
+        return (self.behind.losses(part) - self.behind.base).view_as(steps)
 
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""

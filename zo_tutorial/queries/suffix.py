@@ -8,16 +8,19 @@ Two forms are cheaper than running all calls of the suffix (chapter 9):
 """
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.queries.cross_entropy import RESHAPE, Series, cross_entropy_of
-from zo_tutorial.queries.points import ELEMENTWISE, RELU, Points
+from zo_tutorial.queries.points import Points
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of, version
+from zo_tutorial.queries.rules import ELEMENTWISE, RELU
 from zo_tutorial.queries.sensitivity import has_units_last, matrix, products, slice_of, units_back, units_first
 from zo_tutorial.queries.way import Unsuitable
 
@@ -222,6 +225,7 @@ class CachedLayer:
         self.head: Head | None = None
         self.series: Series | None = None
         self.a = self.o = self.z.new_empty(0)  # without a head there are none
+        self.points: Points | None = None
         try:
             self.head = Head(recording, call) if has_units_last(layer, z) else ConvolutionHead(recording, call)
             cross_entropy = self.head.suffix.cross_entropy
@@ -232,11 +236,12 @@ class CachedLayer:
         except Unsuitable:
             self.suffix = Suffix(recording, call)
             self.bytes = self.suffix.bytes + 2 * bytes_of([self.z])
-            self.points = self._points(recording, call)
+            self._side_by_side(recording, call)
             return
         self.suffix = self.head.suffix
-        self.points = None if self.suffix.cross_entropy is not None else self._points(recording, call)
         self.bytes = self.suffix.bytes
+        if self.suffix.cross_entropy is None:
+            self._side_by_side(recording, call)
         if self.suffix.cross_entropy is not None and self.suffix.cross_entropy.rows is not None:
             # each row of x makes the same row of the outputs, and some do not count
             rows = self.suffix.cross_entropy.rows
@@ -248,8 +253,8 @@ class CachedLayer:
             if not isinstance(self.head, ConvolutionHead):
                 self.series = Series(self.suffix.cross_entropy, self.o, self.head.weight)
 
-    def _points(self, recording: Recording, call: Call) -> Points | None:
-        try:
-            return Points(recording, call, recording.after(call)) if has_units_last(call.layer, call.results[0]) else None
-        except Unsuitable:
-            return None
+    def _side_by_side(self, recording: Recording, call: Call) -> None:
+        if call.layer is not None and has_units_last(call.layer, call.results[0]):
+            with suppress(Unsuitable):
+                self.points = Points(recording, call)
+                self.bytes = Suffix(recording, call).bytes + 2 * bytes_of([self.z])
