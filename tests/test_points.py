@@ -7,8 +7,9 @@ from torch import nn
 
 from zo_tutorial import Encoder, TensorizedLinear_module
 from zo_tutorial.queries import LossQueries
+from zo_tutorial.queries.parts import Part
 from zo_tutorial.queries.points import Points
-from zo_tutorial.queries.rules import Part, Step
+from zo_tutorial.queries.rules import Step
 
 SIZES = {"words": 11, "intents": 3, "slots": 5, "d_model": 8, "heads": 2, "d_hidden": 12, "positions": 20}
 
@@ -22,7 +23,7 @@ def encoder(tensors: bool, **changes) -> Encoder:
         changes["linear"] = linear
     net = Encoder(**SIZES | changes, generator=generator)
     with torch.no_grad():
-        for name, parameter in net.named_parameters():
+        for parameter in net.parameters():
             if parameter.dim() == 1:  # biases are not zero, gains not one
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return net
@@ -52,7 +53,7 @@ def compare(model, batch, criterion, shifts, without=(), memory=512):
     loop.start(*batch, seed=3)
     rounding = 1e-10 if loss.dtype == torch.float64 else 5e-6
     for name, parameter in parameters.items():
-        if name == "norm.weight":  # the encoder asks for its type, outside of its layer
+        if name == "norm.weight" or "self_attn" in name:  # read outside of a layer
             continue
         index = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(4))[:4].sort().values
         mine, theirs = (q.coordinates(name, index, shifts) for q in (queries, loop))
@@ -118,6 +119,18 @@ def over_other_dims(z):
     return (a @ b.transpose(1, 2)) @ z + z.sum((1, 2), True) * torch.mean(z, -1, keepdim=True) + z.mean()
 
 
+class DotProduct(nn.Module):
+    """PyTorch's own attention, of two heads."""
+
+    def __init__(self, mask=None, **options):
+        super().__init__()
+        self.mask, self.options = mask, options
+
+    def forward(self, q, k, v):
+        q, k, v = (x.unflatten(-1, (2, 3)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, self.mask, **self.options).transpose(1, 2).flatten(2)
+
+
 FUNCTIONS = {
     "numbers": (lambda z: (1 - z.square()).mul(0.5).div(2) + 1 / (1 + z.exp()) - torch.sub(z, 2, alpha=3), 1),
     "tensors of fewer dimensions": (lambda z: z * torch.linspace(0, 1, 6, dtype=z.dtype) + z[:, 1:2], 1),
@@ -130,6 +143,10 @@ FUNCTIONS = {
                @ z, 1),
     "three layers by view": (by_view, 3),
     "one layer": (fused, 1),
+    "an attention of torch": (DotProduct(is_causal=True), 3),
+    "a mask for all": (DotProduct(torch.eye(4).bool(), scale=0.3), 3),
+    "a mask of each": (DotProduct(torch.arange(8 * 16).view(8, 1, 4, 4) % 3 < 2), 3),
+    "a mask of the heads": (DotProduct(torch.arange(2 * 16).view(1, 2, 4, 4) % 5 < 3), 3),
     "other dimensions": (over_other_dims, 1),
     "two paths": (lambda a, b: a.tanh() * b + torch.where(torch.arange(6) > 2, a, b), 2),
     "functional layers": (lambda z: F.linear(F.linear(z, torch.eye(6, dtype=z.dtype)[:4]),
@@ -157,6 +174,56 @@ def test_every_rule(name, criterion, batch):
     function, inputs = FUNCTIONS[name]
     model = Word(function, inputs).double()
     compare(model, batch, criterion, [0.1, -2.0])
+
+
+class Transformer(nn.Module):
+    """PyTorch's own layer between an embedding and a head for every token; the tokens 0 are padding."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.words, self.first = nn.Embedding(11, 6), nn.Linear(6, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, **options)
+        self.intent, self.slots = nn.Linear(6, 3), nn.Linear(6, 5)
+        self.causal = torch.ones(6, 6).triu(1).bool()
+
+    def forward(self, tokens):
+        x = self.first(self.words(tokens))
+        padding, first = tokens == 0, self.layer.self_attn.batch_first
+        x = self.layer(x if first else x.transpose(0, 1), self.causal, None if padding[:, 0].any() else padding)
+        x = x if first else x.transpose(0, 1)
+        return self.intent(x.mean(1)), self.slots(x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("options", [{"activation": "gelu"}, {"norm_first": True}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_pytorchs_transformer(first, options, padded):
+    torch.manual_seed(0)
+    model = Transformer(batch_first=first, **options).double()
+    compare(model, sentences(6, padded), joint, [0.1, -1.0])
+
+
+class TwoSequences(nn.Module):
+    """What the words of one sequence find in another one, and how they look at it."""
+
+    def __init__(self, need, mask):
+        super().__init__()
+        self.first, self.last, self.need = nn.Linear(6, 6), nn.Linear(6, 3), need
+        self.self_attn, self.other, self.mask = nn.MultiheadAttention(6, 2), torch.randn(5, 8, 6), mask
+
+    def forward(self, x):
+        x = self.first(x.expand(4, -1, -1) * torch.linspace(0.5, 2, 4, dtype=x.dtype)[:, None, None])
+        o, weights = self.self_attn(x, self.other, self.other, need_weights=self.need, attn_mask=self.mask)
+        return self.last(o if weights is None else o + weights.transpose(0, 1)[..., :1]).transpose(0, 1)
+
+
+@pytest.mark.parametrize("need", [False, True])
+@pytest.mark.parametrize("mask", [None, (4, 5), (16, 4, 5)])
+def test_pytorchs_attention_of_two_sequences(need, mask, batch):
+    torch.manual_seed(0)
+    model = TwoSequences(need, None if mask is None else torch.randn(mask).double()).double()
+    model.other = model.other.double()
+    compare(model, batch, plain, [0.1, -2.0])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ next one gets its memory.
 import torch
 from torch import Tensor
 
+from zo_tutorial.queries.parts import Moved, Part, whole
 from zo_tutorial.queries.recording import Call, Recording, bytes_of, version
-from zo_tutorial.queries.rules import Moved, Part, Step, rule_of, whole
+from zo_tutorial.queries.rules import Step, rule_of
 from zo_tutorial.queries.way import Unsuitable
 
 # After a block of so many bytes was freed, malloc keeps all smaller ones for reuse, and does not page them in anew.

@@ -1,7 +1,7 @@
 """What becomes of a call when there are many points, in one more dimension in front of its tensors.
 
 A changed unit of a query, key or value meets one head of the attention, a changed hidden unit one column of the next
-linear layer. So a tensor that differs from the recorded one in a few slices only is held as those slices (`Part`), as
+linear layer. So a tensor that differs from the recorded one in a few slices only is held as those slices (`parts`), as
 long as the calls let it be. A linear layer makes a whole tensor of it: it adds what the change makes,
 
     o' = o + (z' − z) W_slicesᵀ.
@@ -10,52 +10,20 @@ A rule refuses (`Unsuitable`) what it was not written for.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_tutorial.queries.cross_entropy import DEFAULTS
+from zo_tutorial.queries.parts import Moved, Part, whole
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, TensorLayer
 from zo_tutorial.queries.way import Unsuitable
 
+ATTENTION = list(signature(F.multi_head_attention_forward).parameters)
 VECTOR = 16  # torch's softmax takes rows that are shorter number by number
-
-
-class Part(NamedTuple):
-    """P tensors that differ from a recorded one in some slices along one dimension.
-
-    Attributes:
-        values: those slices (P, ..., w, ...).
-        dim: the dimension, counted from the end: -1 is the last.
-        slices: their numbers (P, w).
-        rest: the recorded tensor (...).
-    """
-
-    values: Tensor
-    dim: int
-    slices: Tensor
-    rest: Tensor
-
-    def whole(self) -> Tensor:
-        """(P, ...)."""
-        return self.put(self.rest.repeat(len(self.slices), *[1] * self.rest.dim()))
-
-    def put(self, whole: Tensor) -> Tensor:
-        """Write the slices into P whole tensors."""
-        points = torch.arange(len(whole), device=whole.device)[:, None]
-        whole.movedim(self.dim, 1)[points, self.slices] = self.values.movedim(self.dim, 1)
-        return whole
-
-    def pick(self, tensor: Tensor) -> Tensor:
-        """The same slices of a tensor that all points share, (P, ..., w, ...); itself where it has only one."""
-        if tensor.dim() < -self.dim or tensor.shape[self.dim] == 1:
-            return tensor
-        return tensor.movedim(self.dim, 0)[self.slices].movedim(1, self.dim)
-
-
-Moved = Tensor | Part  # a recorded tensor as it is at P points: (P, ...)
 
 
 class Step:
@@ -97,10 +65,6 @@ class Step:
     def made(self, values: Tensor, of: Part, **changed: Any) -> Part:
         """The result, where only a part of it moves."""
         return of._replace(values=values, rest=self.plain(self.result), **changed)
-
-
-def whole(x: Moved) -> Tensor:
-    return x.whole() if isinstance(x, Part) else x
 
 
 def _from_end(dim: int, dims: int) -> int:
@@ -176,7 +140,7 @@ def _linear(step: Step) -> Moved:
     # o' = o + (z' − z) W_slicesᵀ
     change, o = x.values - x.pick(x.rest), step.plain(step.result)  # (P, ..., w), (..., out)
     rest = o.flatten(0, -2).expand(len(change), -1, -1)  # (P, R, out)
-    return torch.baddbmm(rest, change.flatten(1, -2), weight.T[x.slices]).view(-1, *o.shape)
+    return torch.baddbmm(rest, change.flatten(1, -2), weight.T[x.slices]).view(len(change), *o.shape)
 
 
 def _matmul(step: Step) -> Moved:
@@ -240,7 +204,8 @@ def _reshape(step: Step) -> Moved:
     if isinstance(x, Part) and x.dim == -2 and after[:-1] == before[:-2]:  # heads side by side
         slices = x.slices[:, :, None] * before[-1] + torch.arange(before[-1], device=x.slices.device)  # (P, w, size)
         return step.made(x.values.flatten(-2), x, dim=-1, slices=slices.flatten(1))
-    return whole(x).reshape(-1, *after)
+    x = whole(x)
+    return x.reshape(len(x), *after)
 
 
 def _split(step: Step) -> tuple[Tensor, ...]:
@@ -268,6 +233,46 @@ def _reduce(step: Step) -> Moved:
     return step.call.function(whole(step.first()), **options)
 
 
+def _dot_product(step: Step) -> Tensor:
+    """`scaled_dot_product_attention`, with the points as a longer batch."""
+    named = step.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    mask, inputs = named.get("attn_mask"), [named[key] for key in ("query", "key", "value")]
+    if min(x.dim() for x in inputs) < 3 or step.moves(mask):
+        raise Unsuitable("an attention of another kind")
+    count = next(len(whole(step.get(x))) for x in inputs if step.moves(x))
+    named |= {key: _batched(step, named[key], count).flatten(0, 1) for key in ("query", "key", "value")}
+    if mask is not None and mask.dim() == step.result.dim():
+        named["attn_mask"] = mask.expand(len(step.result), *mask.shape[1:]).repeat(count, *[1] * (mask.dim() - 1))
+    return F.scaled_dot_product_attention(**named).unflatten(0, (count, -1))
+
+
+def _batched(step: Step, x: Tensor, count: int) -> Tensor:
+    """An argument at so many points, whether it moves or not."""
+    return whole(step.get(x)) if step.moves(x) else x.expand(count, *x.shape)
+
+
+def _attention(step: Step) -> tuple[Tensor, ...]:
+    """That of `nn.MultiheadAttention`, of sequences (L, B, E), with the points as a longer batch."""
+    named = dict(zip(ATTENTION, step.call.args, strict=False)) | step.call.kwargs
+    inputs = {key: named[key] for key in ("query", "key", "value")}
+    if step.result.dim() != 3 or any(step.moves(value) for key, value in named.items() if key not in inputs):
+        raise Unsuitable("an attention of another kind")
+    count = next(len(whole(step.get(x))) for x in inputs.values() if step.moves(x))
+    folded = {}  # each tensor once: the function looks for those that are the same
+    for x in inputs.values():
+        if id(x) not in folded:
+            folded[id(x)] = _batched(step, x, count).transpose(0, 1).flatten(1, 2)  # (L, P B, E)
+    named |= {key: folded[id(x)] for key, x in inputs.items()}
+    if named.get("key_padding_mask") is not None:  # (B, L)
+        named["key_padding_mask"] = named["key_padding_mask"].repeat(count, 1)
+    if named.get("attn_mask") is not None and named["attn_mask"].dim() == 3:  # (B heads, L, L)
+        named["attn_mask"] = named["attn_mask"].repeat(count, 1, 1)
+    o, weights = F.multi_head_attention_forward(**named)
+    batch = step.result.shape[1]
+    results = [o.unflatten(1, (count, batch)).transpose(0, 1)]  # (P, L, B, E)
+    return tuple(results if weights is None else [*results, weights.unflatten(0, (count, batch))])
+
+
 def _cross_entropy(step: Step) -> Moved:
     """The mean over the samples, with the points as further samples."""
     options = dict(zip(DEFAULTS, step.call.args, strict=False)) | step.call.kwargs
@@ -278,7 +283,7 @@ def _cross_entropy(step: Step) -> Moved:
     reduction = options.pop("reduction", DEFAULTS["reduction"])
     x = whole(step.get(given))  # (P, B, C, ...)
     repeated = targets.repeat(len(x), *[1] * (targets.dim() - 1))
-    terms = F.cross_entropy(x.flatten(0, 1), repeated, **options, reduction="none").unflatten(0, (len(x), -1))
+    terms = F.cross_entropy(x.flatten(0, 1), repeated, **options, reduction="none").view(len(x), *targets.shape)
     if reduction == "none":
         return terms
     total = terms.flatten(1).sum(1)
@@ -314,6 +319,8 @@ RULES: dict[Any, Callable[[Step], Any]] = {
         (_reduce, _of("sum", "mean")),
         (_getitem, {Tensor.__getitem__}),
         (_dropout, {F.dropout}),
+        (_dot_product, {F.scaled_dot_product_attention}),
+        (_attention, {F.multi_head_attention_forward}),
         (_cross_entropy, {F.cross_entropy}),
     ]
     for function in functions

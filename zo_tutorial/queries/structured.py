@@ -29,8 +29,8 @@ from zo_tutorial.queries.cost import MEMORY, SETUP, beside, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
+from zo_tutorial.queries.parts import Part
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
-from zo_tutorial.queries.rules import Part
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
