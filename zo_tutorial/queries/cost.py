@@ -2,9 +2,9 @@
 
 A call to torch takes `CALL` seconds before it does anything, and `VMAP` times as long inside of vmap. Its work is the
 larger of its multiply-adds and its bytes over the rates of one core; small tensors stay in the core's cache, those of
-many points together do not. So vmap pays the calls once for many points, and the memory for each one. A convolution
-with a kernel for every point runs as a grouped one, `GROUPED` times as long. The bench shows what that chooses, beside
-the clock.
+many points together do not. So vmap pays the calls once for many points, and the memory for each one. `points` runs
+fewer, which stay in the cache. A convolution with a kernel for every point runs as a grouped one, `GROUPED` times as
+long. The bench shows what that chooses, beside the clock.
 """
 
 from collections.abc import Iterable

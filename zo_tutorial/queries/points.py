@@ -16,6 +16,7 @@ from zo_tutorial.queries.way import Unsuitable
 
 # After a block of so many bytes was freed, malloc keeps all smaller ones for reuse, and does not page them in anew.
 KEPT = 31 * 2**20
+CACHE = 3 * 2**20  # bytes of the largest tensor of all points that are run at once
 
 
 class Points:
@@ -25,7 +26,7 @@ class Points:
         call: of the layer, whose output has its units in the last dimension.
 
     Attributes:
-        size: bytes of the largest tensor of one point.
+        many: so many points are best run at once.
         base: the loss where nothing has moved (1,).
 
     Raises:
@@ -39,7 +40,7 @@ class Points:
         self.rules = [rule_of(c) for c in self.calls]
         last = {id(tensor): k for k, c in enumerate(self.calls) for tensor in c.tensors}
         self.used = [[key for key, k in last.items() if k == here] for here in range(len(self.calls))]
-        self.size = max(bytes_of(c.results) for c in [call, *self.calls])
+        self.many = max(1, CACHE // max(bytes_of(c.results) for c in [call, *self.calls]))
         torch.empty(min(KEPT, int(recording.limit)), dtype=torch.uint8)
         first = torch.zeros(1, 1, dtype=torch.long, device=self.start.device)
         self.base = self.losses(Part(self.start[None, ..., :1], -1, first, self.start))

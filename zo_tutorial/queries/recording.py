@@ -78,11 +78,11 @@ class Call:
 
     def weight(self) -> Tensor:
         """The matrix of this dense or tensor layer, formed once."""
-        assert isinstance(self.layer, nn.Linear | TensorLayer)
+        if isinstance(self.layer, nn.Linear):
+            return self.layer.weight
+        assert isinstance(self.layer, TensorLayer)
         if self.matrix is None:
-            self.matrix = (
-                self.layer.weight if isinstance(self.layer, nn.Linear) else self.layer.to_matrix().contiguous()
-            )
+            self.matrix = self.layer.to_matrix().contiguous()
         return self.matrix
 
     def _drops(self) -> bool:

@@ -15,6 +15,9 @@ gains little: most operations are too short to share):
   the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
 - Convolutions: flops. Of the next layer only what one changed channel needs, then all of the network behind it, is run
   for each shift. 8,557 queries of the 4,278-weight net: 0.4 to 0.6 s, of which matrix products 0.15 s.
+- Encoder of two blocks 128 wide, one-sided, 32 sentences of 12 words: flops. A query of the first block multiplies 50
+  to 70 million times, of the second 13 to 32 million: 1.2 to 1.6 and 0.3 to 0.7 ms; normalisation, GELU, attention and
+  cross-entropy take 0.3 and 0.2 ms. Measured: 1.4 to 1.8 times their sum.
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
 
@@ -30,7 +33,7 @@ from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.parts import Part
-from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
+from zo_tutorial.queries.recording import AT_ONCE, Recording, bytes_of, overlap, span
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
 from zo_tutorial.queries.way import Index, Moves, Unsuitable
@@ -103,18 +106,17 @@ class Probe:
         self.behind = cached.points
         self.response = response(layer, name, cached.x, self.z, limit, cached.products)
         self.parameter = layer.get_parameter(name)
-        points = limit / 2 / (cached.bytes + 4 * self.response.bytes)
+        points = (limit - bytes_of(recording.plain.values())) / 2 / (cached.bytes + 4 * self.response.bytes)
         if points < 2:
             raise Unsuitable("the memory does not suffice for two points")
         quick = 2 * AT_ONCE / cached.bytes if self.head is None else CACHE / self.response.bytes
-        if self.behind is not None:
-            quick = 2 * CACHE / self.behind.size
         self.points = int(min(points, max(2, quick)))  # to handle at once
+        self.together = 0 if self.behind is None else int(min(points, self.behind.many))  # to run at once, by rules
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
         if self.behind is not None and kind != "descend":
-            return SETUP / asked + beside(self.behind.calls, min(asked, self.points))
+            return SETUP / asked + beside(self.behind.calls, min(asked, self.together))
         if self.head is not None:
             shifted = self.z.shape[1] if self.series is not None else self.response.bytes + self.o.numel()
             again = self.suffix.calls if self.suffix.cross_entropy is None else []
@@ -137,11 +139,11 @@ class Probe:
     def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         value = self.parameter.reshape(-1)[positions]
         steps = torch.stack([(value + shift) - value for shift in shifts])  # (S, K): the shifts after rounding
-        size = max(1, self.points // len(shifts))
         if self.behind is not None:
-            count = -(-len(positions) // size)  # of portions, all about as large
+            count = -(-len(positions) // max(1, self.together // len(shifts)))  # of portions, all about as large
             portions = zip(positions.tensor_split(count), steps.tensor_split(count, 1), strict=True)
             return torch.cat([self._change_behind(p, s) for p, s in portions], 1)
+        size = max(1, self.points // len(shifts))
         if self.series is not None and isinstance(self.response, Units):
             portions = zip(positions.split(size), steps.split(size, 1), strict=True)
             return torch.cat([self._change_units(p, s) for p, s in portions], 1)

@@ -5,6 +5,8 @@ Two forms are cheaper than running all calls of the suffix (chapter 9):
 - An elementwise activation φ and a linear layer W follow (`Head`): only the slice of z that changes goes through φ, and
   o = W φ(z) + b changes by W_slice times the change of that slice.
 - Softmax cross-entropy of o follows: it is evaluated in `cross_entropy`, with the batch as the long dimension.
+
+All calls run as `points` runs them, if it knows each one, or else in `torch.func.vmap`.
 """
 
 from collections.abc import Callable, Collection
@@ -209,7 +211,7 @@ class CachedLayer:
         head, suffix: the special form of what comes next, if it has one, and all the rest.
         a, o: φ(z) (units, R) and W φ(z) + b (C, R), with a head.
         series: with a head that enters cross-entropy.
-        points: what runs the calls behind for many outputs, where they have rules and do not end in that form.
+        points: what runs the calls behind it by rules, if there are such; not in front of a cross-entropy.
         bytes: what one perturbed output needs, apart from the slice that changes.
     """
 
@@ -254,6 +256,7 @@ class CachedLayer:
                 self.series = Series(self.suffix.cross_entropy, self.o, self.head.weight)
 
     def _side_by_side(self, recording: Recording, call: Call) -> None:
+        """Find out whether there is a rule for each call."""
         if call.layer is not None and has_units_last(call.layer, call.results[0]):
             with suppress(Unsuitable):
                 self.points = Points(recording, call)
