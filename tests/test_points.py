@@ -148,6 +148,8 @@ FUNCTIONS = {
     "a mask of each": (DotProduct(torch.arange(8 * 16).view(8, 1, 4, 4) % 3 < 2), 3),
     "a mask of the heads": (DotProduct(torch.arange(2 * 16).view(1, 2, 4, 4) % 5 < 3), 3),
     "other dimensions": (over_other_dims, 1),
+    "one head for three": (lambda z: (z.unflatten(2, (1, 6)) * torch.arange(3.0, dtype=z.dtype)[:, None]).sum(2), 1),
+    "a product of each": (lambda z: z @ torch.linspace(0, 1, 288, dtype=z.dtype).view(8, 6, 6), 1),
     "two paths": (lambda a, b: a.tanh() * b + torch.where(torch.arange(6) > 2, a, b), 2),
     "functional layers": (lambda z: F.linear(F.linear(z, torch.eye(6, dtype=z.dtype)[:4]),
                                              torch.ones(6, 4, dtype=z.dtype), torch.ones(6, dtype=z.dtype)), 1),
@@ -165,6 +167,13 @@ def weighted(outputs, targets):
     every = targets[:, None].expand(-1, 4)
     options = dict(weight=weight, label_smoothing=0.1, ignore_index=1)
     return F.cross_entropy(words, every, **options) + 0.1 * F.cross_entropy(words, every, reduction="sum")
+
+
+def test_one_unit_meets_many(batch):
+    torch.manual_seed(0)
+    model = Word(lambda z: z * torch.linspace(-1, 1, 6, dtype=z.dtype) + z).double()
+    model.layers[0] = nn.Linear(6, 1).double()
+    compare(model, batch, plain, [0.1, -2.0])
 
 
 @pytest.mark.parametrize("criterion", [plain, weighted])

@@ -195,7 +195,7 @@ def _reshape(step: Step) -> Moved:
     x, before, after = step.first(), step.call.tensors[0].shape, step.result.shape
     if step.call.tensors[0].dtype != step.result.dtype:
         raise Unsuitable("a view as another type")
-    if isinstance(x, Part) and x.dim == -1 and after[:-2] == before[:-1] and len(after) > 1:  # into heads
+    if isinstance(x, Part) and x.dim == -1 and len(after) > 1 < after[-2] and after[:-2] == before[:-1]:
         head, within = x.slices // after[-1], x.slices % after[-1]  # (P, w)
         if (head == head[:, :1]).all():  # all of it in one head
             one = step.made(x.values, x, dim=-2, slices=head[:, :1])
@@ -330,6 +330,6 @@ RULES: dict[Any, Callable[[Step], Any]] = {
 def rule_of(call: Call) -> Callable[[Step], Any]:
     """Of a call. Raises Unsuitable where there is none."""
     rule = RULES.get(call.function if call.layer is None else type(call.layer))
-    if rule is None or call.changed:
+    if rule is None:
         raise Unsuitable(f"no rule is known for {call.function}")
     return rule
