@@ -132,7 +132,7 @@ class DotProduct(nn.Module):
 
 
 FUNCTIONS = {
-    "numbers": (lambda z: (1 - z.square()).mul(0.5).div(2) + 1 / (1 + z.exp()) - torch.sub(z, 2, alpha=3), 1),
+    "numbers": (lambda z: (1 - z.square()).mul(0.5).div(2) + 1 / (1 + z.exp()) - torch.sub(z, 2, alpha=3) ** 2, 1),
     "tensors of fewer dimensions": (lambda z: z * torch.linspace(0, 1, 6, dtype=z.dtype) + z[:, 1:2], 1),
     "a lower tensor that moves": (lambda z: torch.ones(5, 8, 4, 6, dtype=z.dtype) * z, 1),
     "activations": (lambda z: F.leaky_relu(F.elu(z), 0.2) + F.hardtanh(z) + F.gelu(z, approximate="tanh").relu(), 1),

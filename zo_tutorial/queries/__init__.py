@@ -8,7 +8,8 @@ the first answers with those of the `loop`, the reference. The ways have one fac
   a pass leaves behind in the model, to put it back.
 - `batched` runs many perturbed copies in one call of vmap; `cost` says when that pays.
 - `structured` computes the prefix of a layer once, in a `recording`, moves the layer's output by a `sensitivity`, and
-  runs only the suffix (`suffix`, `cross_entropy`). Directions that begin at a dense layer go through `directional`.
+  runs only the suffix (`suffix`, `cross_entropy`), for many outputs side by side and only what moves of them (`points`,
+  `parts`, `rules`). Directions that begin at a dense layer go through `directional`.
 
 Single moves, one coordinate after the other, look ahead in `descent`.
 """

@@ -309,7 +309,7 @@ RULES: dict[Any, Callable[[Step], Any]] = {
     for rule, functions in [
         (_elementwise, ELEMENTWISE | _of("exp", "log", "sqrt", "square", "abs", "neg", "clone", "contiguous")),
         (_rowwise, _of("layer_norm", "rms_norm") | {nn.LayerNorm, nn.RMSNorm}),
-        (_broadcast, _of("add", "sub", "mul", "div", "__rsub__", "__rdiv__", "masked_fill", "where")),
+        (_broadcast, _of("add", "sub", "mul", "div", "pow", "__rsub__", "__rdiv__", "__pow__", "masked_fill", "where")),
         (_linear, {F.linear, nn.Linear, *TENSOR_LAYERS}),
         (_matmul, _of("matmul", "bmm")),
         (_softmax, _of("softmax")),
