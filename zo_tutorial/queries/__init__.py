@@ -8,8 +8,8 @@ the first answers with those of the `loop`, the reference. The ways have one fac
   a pass leaves behind in the model, to put it back.
 - `batched` runs many perturbed copies in one call of vmap; `cost` says when that pays.
 - `structured` computes the prefix of a layer once, in a `recording`, moves the layer's output by a `sensitivity`, and
-  runs only the suffix (`suffix`, `cross_entropy`). Directions go through `directional`, those of a `chain` of dense and
-  tensor layers without vmap.
+  runs only the suffix (`suffix`, `cross_entropy`), for many outputs side by side and only what moves of them (`points`,
+  `parts`, `rules`). Directions go through `directional`, those of a `chain` of dense and tensor layers without vmap.
 
 Single moves, one coordinate after the other, look ahead in `descent`: on a path that is guessed, where a `walk` knows
 the slope.

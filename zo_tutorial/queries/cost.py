@@ -2,9 +2,9 @@
 
 A call to torch takes `CALL` seconds before it does anything, and `VMAP` times as long inside of vmap. Its work is the
 larger of its multiply-adds and its bytes over the rates of one core; small tensors stay in the core's cache, those of
-many points together do not. So vmap pays the calls once for many points, and the memory for each one. A convolution
-with a kernel for every point runs as a grouped one, `GROUPED` times as long. The bench shows what that chooses, beside
-the clock.
+many points together do not. So vmap pays the calls once for many points, and the memory for each one. `points` runs
+fewer, which stay in the cache. A convolution with a kernel for every point runs as a grouped one, `GROUPED` times as
+long. The bench shows what that chooses, beside the clock.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recordin
 
 CALL = 6e-6  # seconds
 VMAP = 8
+RULE = 2e-5  # seconds that a call takes by its rule (`points`)
 RATE = 4e10  # multiply-adds a second
 CACHED, MEMORY = 2e10, 5e9  # bytes a second
 CACHE = 1e6  # bytes
@@ -40,6 +41,15 @@ def perturbing(parameters: Iterable[Tensor]) -> float:
     """Seconds to put parameters back and to add a direction to them."""
     size = bytes_of(parameters)
     return 3 * size / (MEMORY if size > CACHE else CACHED)
+
+
+def beside(calls: Iterable[Call], points: float) -> float:
+    """Seconds of a query that runs some calls by their rules, so many points side by side in the cache."""
+    total = 0.0
+    for call in calls:
+        moved = bytes_of(call.results) + bytes_of(call.tensors)
+        total += RULE / points + max(multiply_adds(call) / RATE, moved / CACHED)
+    return total
 
 
 def vmapped(

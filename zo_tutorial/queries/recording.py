@@ -76,6 +76,15 @@ class Call:
             return x
         return x.mul_(self.factor) if self.changed else x * self.factor
 
+    def weight(self) -> Tensor:
+        """The matrix of this dense or tensor layer, formed once."""
+        if isinstance(self.layer, nn.Linear):
+            return self.layer.weight
+        assert isinstance(self.layer, TensorLayer)
+        if self.matrix is None:
+            self.matrix = self.layer.to_matrix().contiguous()
+        return self.matrix
+
     def _drops(self) -> bool:
         """Whether this dropout changes anything."""
         named = self.named()
@@ -95,10 +104,8 @@ class Call:
         if isinstance(self.layer, nn.modules.batchnorm._BatchNorm):
             return _batch_norm(self.layer, *args, **kwargs)
         if isinstance(self.layer, TENSOR_LAYERS):
-            # for many inputs: the matrix is formed once, and one long product is quicker than several short ones
-            if self.matrix is None:
-                self.matrix = self.layer.to_matrix()
-            return F.linear(args[0] if args else kwargs["x"], self.matrix, self.layer.bias)
+            # for many inputs: one long product is quicker than several short ones
+            return F.linear(args[0] if args else kwargs["x"], self.weight(), self.layer.bias)
         if self.function is F.dropout:
             return self.with_input(values[id(self.named()["input"])])
         if self.function is F.batch_norm and self.named()["training"]:
@@ -128,6 +135,7 @@ class Recording(TorchFunctionMode):
         self.bytes = 0
         self.loss: Any = None
         self.broken = ""  # why it broke off
+        self.plain: dict[int, Tensor] = {}  # for `points`: contiguous copies of recorded tensors, by their id
         self.layers_seen: dict = {}  # for `structured`: what it has found out about layers
 
     def __enter__(self):

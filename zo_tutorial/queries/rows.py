@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zo_tutorial.queries.cost import CACHED, looped
 from zo_tutorial.queries.cross_entropy import CrossEntropy, Series, cross_entropy_of
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
-from zo_tutorial.queries.suffix import ELEMENTWISE, Head
+from zo_tutorial.queries.rules import ELEMENTWISE
+from zo_tutorial.queries.suffix import Head
 from zo_tutorial.queries.way import Unsuitable
 
 SHARE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of a change, that may be missing

@@ -217,7 +217,7 @@ class Core:
         if self.all is None:
             return self._form(torch.tensor(at, device=self.left.device))
         stride = max(1, at[-1] - at[0]) // max(1, len(at) - 1)
-        if at == list(range(at[0], at[0] + stride * len(at), stride)):
+        if stride and at == list(range(at[0], at[0] + stride * len(at), stride)):
             return self.all[at[0] : at[-1] + 1 : stride]
         return self.all[at]
 

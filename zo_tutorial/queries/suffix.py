@@ -5,9 +5,12 @@ Two forms are cheaper than running all calls of the suffix (chapter 9):
 - An elementwise activation φ and a linear layer W follow (`Head`): only the slice of z that changes goes through φ, and
   o = W φ(z) + b changes by W_slice times the change of that slice.
 - Softmax cross-entropy of o follows: it is evaluated in `cross_entropy`, with the batch as the long dimension.
+
+All calls run as `points` runs them, if it knows each one, or else in `torch.func.vmap`.
 """
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -17,15 +20,12 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.queries.cross_entropy import RESHAPE, Series, cross_entropy_of
+from zo_tutorial.queries.points import Points
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, TensorLayer, bytes_of
+from zo_tutorial.queries.rules import ELEMENTWISE, RELU
 from zo_tutorial.queries.sensitivity import has_units_last, matrix, products, slice_of, units_back, units_first
 from zo_tutorial.queries.way import Unsuitable
 
-RELU = {F.relu, torch.relu, Tensor.relu}
-ELEMENTWISE = RELU | {
-    torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid,
-    F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardtanh, F.logsigmoid,
-}  # fmt: skip
 HeadLayer = nn.Linear | nn.Conv2d | TensorLayer
 ONE_BY_ONE = 3  # so few points are run without vmap
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
@@ -220,6 +220,7 @@ class CachedLayer:
         head, suffix: the special form of what comes next, if it has one, and all the rest.
         a, o: φ(z) (units, R) and W φ(z) + b (C, R), with a head.
         series: with a head that enters cross-entropy.
+        points: what runs the calls behind it by rules, if there are such; not in front of a cross-entropy.
         bytes: what one perturbed output needs, apart from the slice that changes.
     """
 
@@ -233,6 +234,7 @@ class CachedLayer:
         self.head: Head | None = None
         self.series: Series | None = None
         self.a = self.o = self.z.new_empty(0)  # without a head there are none
+        self.points: Points | None = None
         try:
             self.head = Head(recording, call) if has_units_last(layer, z) else ConvolutionHead(recording, call)
             cross_entropy = self.head.suffix.cross_entropy
@@ -243,9 +245,12 @@ class CachedLayer:
         except Unsuitable:
             self.suffix = Suffix(recording, call)
             self.bytes = self.suffix.bytes + 2 * bytes_of([self.z])
+            self._side_by_side(recording, call)
             return
         self.suffix = self.head.suffix
         self.bytes = self.suffix.bytes
+        if self.suffix.cross_entropy is None:
+            self._side_by_side(recording, call)
         if self.suffix.cross_entropy is not None and self.suffix.cross_entropy.rows is not None:
             # each row of x makes the same row of the outputs, and some do not count
             rows = self.suffix.cross_entropy.rows
@@ -256,3 +261,10 @@ class CachedLayer:
             self.o = self.suffix.cross_entropy.shifted(self.o)
             if not isinstance(self.head, ConvolutionHead):
                 self.series = Series(self.suffix.cross_entropy, self.o, self.head.weight)
+
+    def _side_by_side(self, recording: Recording, call: Call) -> None:
+        """Find out whether there is a rule for each call."""
+        if call.layer is not None and has_units_last(call.layer, call.results[0]):
+            with suppress(Unsuitable):
+                self.points = Points(recording, call)
+                self.bytes = Suffix(recording, call).bytes + 2 * bytes_of([self.z])

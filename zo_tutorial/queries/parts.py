@@ -1,0 +1,45 @@
+"""Many tensors that differ from one in a few slices only: held as those slices."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """P tensors that differ from a recorded one in some slices along one dimension.
+
+    Attributes:
+        values: those slices (P, ..., w, ...).
+        dim: the dimension, counted from the end: -1 is the last.
+        slices: their numbers (P, w).
+        rest: the recorded tensor (...).
+    """
+
+    values: Tensor
+    dim: int
+    slices: Tensor
+    rest: Tensor
+
+    def whole(self) -> Tensor:
+        """(P, ...)."""
+        return self.put(self.rest.repeat(len(self.slices), *[1] * self.rest.dim()))
+
+    def put(self, whole: Tensor) -> Tensor:
+        """Write the slices into P whole tensors."""
+        points = torch.arange(len(whole), device=whole.device)[:, None]
+        whole.movedim(self.dim, 1)[points, self.slices] = self.values.movedim(self.dim, 1)
+        return whole
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """The same slices of a tensor that all points share, (P, ..., w, ...); itself where it has only one."""
+        if tensor.dim() < -self.dim or tensor.shape[self.dim] == 1:
+            return tensor
+        return tensor.movedim(self.dim, 0)[self.slices].movedim(1, self.dim)
+
+
+Moved = Tensor | Part  # a recorded tensor as it is at P points: (P, ...)
+
+
+def whole(x: Moved) -> Tensor:
+    return x.whole() if isinstance(x, Part) else x
