@@ -213,7 +213,7 @@ class Core:
         return positions % self.run * len(self.left) + positions // (self.run * self.factors[1])
 
     def sensitivities(self, at: list[int]) -> Tensor:
-        """J of entries that share their m, by what `at` finds: (K, mL mR, R)."""
+        """J of entries, by what `at` finds: (K, mL mR, R)."""
         if self.all is None:
             return self._form(torch.tensor(at, device=self.left.device))
         stride = max(1, at[-1] - at[0]) // max(1, len(at) - 1)
