@@ -29,6 +29,7 @@ from zo_tutorial.queries.cost import MEMORY, SETUP, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
+from zo_tutorial.queries.logits import logits_behind
 from zo_tutorial.queries.recording import AT_ONCE, Recording, overlap, span
 from zo_tutorial.queries.sensitivity import Units, response, slice_of
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
@@ -43,8 +44,24 @@ class Structured:
         self.evaluation = evaluation
 
     def coordinates(self, name: str, index: Tensor, shifts: list[float]) -> Tensor:
-        probe = self._probe(name)
-        return self.evaluation.base + probe.look(index, shifts)
+        changes = self._by_logits(name, index, shifts)
+        if changes is None:
+            changes = self._probe(name).look(index, shifts)
+        return self.evaluation.base + changes
+
+    def _by_logits(self, name: str, positions: Tensor, shifts: list[float]) -> Tensor | None:
+        """The changes of the loss where that is the cheaper way; None where it is not."""
+        layer, parameter = self._layer(name)
+        recording, value = self.evaluation.recorded(), layer.get_parameter(parameter)
+        if len(positions) < value.numel() / 8:
+            return None
+        try:
+            logits = logits_behind(recording, layer, self.evaluation.room())
+            value = value.reshape(-1)[positions]
+            steps = torch.stack([(value + shift) - value for shift in shifts])
+            return logits.look(parameter, positions, steps, self.evaluation.room())
+        except Unsuitable:
+            return None
 
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
         return self._directional(index, isinstance(directions, LowRank)).losses(directions, scales)
