@@ -14,6 +14,12 @@ from zo_tutorial.queries.way import Unsuitable
 Products = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
+def _arranged(g: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """(N, C G, K) from derivatives g (N, C, U)."""
+    left, groups, right = factors
+    return g.unflatten(2, factors).transpose(2, 3).reshape(len(g), g.shape[1] * groups, left * right)
+
+
 class UnitJacobian:
     """Of a parameter whose entries move one unit each, at all its places: of dense layers, convolutions, biases.
 
@@ -32,6 +38,10 @@ class UnitJacobian:
     def form(self, some: slice, out: Tensor) -> None:
         """J of some samples (N, K, T)."""
         out.copy_(self.columns[:, some].permute(1, 2, 0))
+
+    def arranged(self, g: Tensor) -> Tensor:
+        """Derivatives g (N, C, U) as the factor of J: (N, C G, K)."""
+        return _arranged(g, self.factors)
 
     def entries(self, positions: Tensor) -> Tensor:
         """Which entries lie at these flat positions of the parameter."""
@@ -72,8 +82,15 @@ class CoreJacobian:
             product = product.view(r, self.rows, samples, self.columns, n * s).permute(2, 1, 3, 0, 4)
         out.view(product.shape).copy_(product)
 
+    def arranged(self, g: Tensor) -> Tensor:
+        """Derivatives g (N, C, U) as the factor of J: (N, C G, K)."""
+        return _arranged(g, self.factors)
+
     def entries(self, positions: Tensor) -> Tensor:
         """Which entries lie at these flat positions of the parameter: its order is (r, m, n, s)."""
         r, m, n, s = self.shape
         rm, ns = positions // (n * s), positions % (n * s)
         return (rm % m * r + rm // m) * (n * s) + ns
+
+
+Jacobian = UnitJacobian | CoreJacobian

@@ -7,107 +7,26 @@ all entries together. With p = softmax, y the class and w = v − Σ_c p_c v_c
     L' − L = mean over b of  log Σ_c p_c exp(s w_c) − s w_y  =  Σ_m s^m/m! κ_m,      κ_m the mean over b of cumulants
 
 κ_1 = −w_y (its mean is the gradient), κ_2 = Σ p w², κ_3 = Σ p w³, κ_4 = Σ p w⁴ − 3 κ_2². So the samples are summed
-before there is a step. Where the series does not suffice, the logarithm itself is computed.
-
-A number z in front of an activation φ is near a kink if some entry can move it there. These few are computed for
-themselves: φ(z + δ) = φ(z) + φ'(z) δ + ζ, and ζ, 0 on this side of the kink, moves the logits, and what lies in
-between, as any change of φ(z) does. Only the terms (step, sample, entry) with a ζ are computed once more.
+before there is a step. Where the series does not suffice, the logarithm itself is computed. The few terms (step,
+sample, entry) in which an activation crosses a kink (`kinks`) are computed once more.
 """
 
-from inspect import signature
 from math import log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_tutorial.queries.cross_entropy import RESHAPE
-from zo_tutorial.queries.jacobian import CoreJacobian, UnitJacobian
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording, version
-from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, matrix, products, units_first
-from zo_tutorial.queries.suffix import RELU, Head, Suffix
+from zo_tutorial.queries.cross_entropy import CrossEntropy
+from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian
+from zo_tutorial.queries.kinks import Crossing, Stage, crossings
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Recording, version
+from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, products, units_first
+from zo_tutorial.queries.suffix import Suffix
 from zo_tutorial.queries.way import Unsuitable
 
-ORDERS = 4  # of the series, at most
 TAIL = {3: 13 / 12, 4: 5 / 4}  # the first coefficient of −log(2 − e^x) behind that of an order
-NEAR = 1 / 16  # the largest share of numbers near a kink
 CACHE = 2**21  # bytes to handle at once: most of them stay in the cache of a core
-MOVES = 2**22  # the most numbers that tell how kinks move
-
-
-def kinks(call: Call) -> tuple[list[float], list[float]]:
-    """Where the slope of a piecewise-linear activation changes, and the slopes before, between and after.
-
-    Raises:
-        Unsuitable: it is another one.
-    """
-    if call.function in RELU:
-        return [0.0], [0.0, 1.0]
-    if call.function is F.relu6:
-        return [0.0, 6.0], [0.0, 1.0, 0.0]
-    if call.function in (F.leaky_relu, F.hardtanh):
-        given = signature(call.function).bind(*call.args, **call.kwargs)
-        given.apply_defaults()
-        if call.function is F.leaky_relu:
-            return [0.0], [given.arguments["negative_slope"], 1.0]
-        return [given.arguments["min_val"], given.arguments["max_val"]], [0.0, 1.0, 0.0]
-    raise Unsuitable
-
-
-class Stage(Head):
-    """A piecewise-linear activation φ of numbers z, and the layer W φ(z) + b behind it.
-
-    Attributes:
-        call: of that layer.
-        before, after, slope: z where the parameters stand, φ(z) and φ'(z) (N, U).
-        distance: of each z to the nearest kink.
-        steepest: the largest slope of φ.
-        g: the derivatives of C functions of the logits by φ(z): (N, C, U).
-    """
-
-    def __init__(self, recording: Recording, call: Call):
-        layer = self._follow(recording, call, Suffix(recording, call), RESHAPE)
-        assert self.activation is not None
-        self.places, self.slopes = kinks(self.activation)
-        self.steepest = max(map(abs, self.slopes))
-        self.call, self.image = recording.call_of(layer), None
-        if isinstance(layer, nn.Conv2d):
-            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-                raise Unsuitable
-            self.weight, self.image = layer.weight, self.call.args[0].shape[1:]
-            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        else:
-            self.weight = matrix(layer)
-
-    def enter(self, z: Tensor) -> None:
-        """Stand at z (N, U)."""
-        self.before, self.after = z, self.activate(z.clone())
-        self.slope = torch.full_like(z, self.slopes[0])
-        self.distance = torch.full_like(z, torch.inf)
-        for place, low, high in zip(self.places, self.slopes[:-1], self.slopes[1:], strict=True):
-            self.slope += (z > place) * (high - low)
-            self.distance = torch.minimum(self.distance, (z - place).abs())
-
-    def bound(self, reach: Tensor) -> Tensor:
-        """How far the layer's output may move (K, U') where each z moves as far as `reach` (K, U)."""
-        weight, reach = self.weight.abs(), reach * self.steepest
-        if self.image is None:
-            return reach @ weight.T
-        return F.conv2d(reach.view(-1, *self.image), weight, None, **self.options).flatten(1)
-
-    def backward(self, g: Tensor) -> Tensor:
-        """The derivatives by φ(z) (K, U) of functions with the derivatives g by the layer's output (K, U')."""
-        if self.image is None:
-            return g @ self.weight
-        g = g.reshape(-1, *self.call.results[0].shape[1:])
-        return nn.grad.conv2d_input((len(g), *self.image), self.weight, g, **self.options).flatten(1)
-
-    def rest(self, sample: Tensor, number: Tensor, change: Tensor) -> Tensor:
-        """ζ = φ(z + δ) − φ(z) − φ'(z) δ for changes δ (S, K, T) of K numbers; 0 where it is no more than rounding."""
-        z, a, slope = (t[sample, number].unsqueeze(1) for t in (self.before, self.after, self.slope))
-        rest = self.activate(z + change).sub_(a).sub_(slope * change)
-        rounding = 4 * torch.finfo(z.dtype).eps * max(1, self.steepest)
-        return rest.masked_fill_(rest.abs() <= rounding * (z.abs() + change.abs()), 0)
 
 
 def logits_behind(recording: Recording, layer: nn.Module, limit: float) -> "Logits":
@@ -147,36 +66,37 @@ class Logits:
             raise Unsuitable("there is one image only")
         self.rows = len(z)
         suffix = Suffix(recording, call)
-        if suffix.cross_entropy is None:
+        cross_entropy = suffix.cross_entropy
+        if cross_entropy is None:
             stage = Stage(recording, call)
+            assert stage.call.layer is not None
             behind = logits_behind(recording, stage.call.layer, limit)
             if behind.rows != self.rows:
                 raise Unsuitable("the samples are not independent")
-            self.cross_entropy, self.shares, self.chosen = behind.cross_entropy, behind.shares, behind.chosen
-            self.p, self.log_p, self.weights = behind.p, behind.log_p, behind.weights
-        else:
-            self.cross_entropy = suffix.cross_entropy
-        if self.cross_entropy.rows is not None:
-            self.x, z = self.x[self.cross_entropy.rows], z[self.cross_entropy.rows]
+            cross_entropy = behind.cross_entropy
+        self.cross_entropy: CrossEntropy = cross_entropy
+        if cross_entropy.rows is not None:
+            self.x, z = self.x[cross_entropy.rows], z[cross_entropy.rows]
         self.z, self.samples = z, len(z)
         z = z.flatten(1)  # (N, U)
         self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
-        if suffix.cross_entropy is None:
-            classes = self.p.shape[1]
-            if 8 * z.numel() * classes * z.element_size() > limit:
-                raise Unsuitable("the derivatives of all logits need too much memory")
-            stage.enter(z)
-            stage.g = stage.backward(behind.g.flatten(0, 1)).view(self.samples, classes, -1)
-            self.stages, self.g = [stage, *behind.stages], stage.g * stage.slope.unsqueeze(1)  # (N, C, U)
+        self.stages: list[Stage] = []
+        if suffix.cross_entropy is not None:
+            self.p, self.log_p = z.softmax(1), z.log_softmax(1)  # (N, C)
+            equal = self.p.new_full((self.samples,), 1 / self.samples)
+            self.shares = equal if cross_entropy.shares is None else cross_entropy.shares
+            self.weights = self.shares.unsqueeze(1) * self.p
+            self.chosen = F.one_hot(cross_entropy.targets, z.shape[1]) * -self.shares.unsqueeze(1)
+            # of o_c − Σ_k p_k o_k by o: (N, C, C)
+            self.g = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) - self.p.unsqueeze(1)
             return
-        self.stages = []
-        self.p, self.log_p = z.softmax(1), z.log_softmax(1)  # (N, C)
-        shares = self.cross_entropy.shares
-        self.shares = self.p.new_full((self.samples,), 1 / self.samples) if shares is None else shares
-        self.weights = self.shares.unsqueeze(1) * self.p
-        self.chosen = F.one_hot(self.cross_entropy.targets, z.shape[1]) * -self.shares.unsqueeze(1)
-        # of o_c − Σ_k p_k o_k by o
-        self.g = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) - self.p.unsqueeze(1)  # (N, C, C)
+        self.p, self.log_p, self.shares = behind.p, behind.log_p, behind.shares
+        self.weights, self.chosen = behind.weights, behind.chosen
+        if 8 * self.p.shape[1] * z.numel() * z.element_size() > limit:
+            raise Unsuitable("the derivatives of all logits need too much memory")
+        stage.enter(z)
+        stage.g = stage.backward(behind.g.flatten(0, 1)).view(self.samples, -1, z.shape[1])
+        self.stages, self.g = [stage, *behind.stages], stage.g * stage.slope.unsqueeze(1)  # (N, C, U)
 
     def look(self, name: str, positions: Tensor, steps: Tensor, limit: float) -> Tensor | None:
         """The changes of the loss when entries make steps (S, K): (S, K); None where another way is better.
@@ -184,18 +104,10 @@ class Logits:
         Args:
             limit: bytes that may be used.
         """
-        if (
-            (self.products is None or name == "bias")
-            and len(self.stages) < 2
-            and not isinstance(self.layer, CONVOLUTIONS)
-        ):
+        core = self.products is not None and name != "bias"
+        if not core and len(self.stages) < 2 and not isinstance(self.layer, CONVOLUTIONS):
             return None  # one unit in front of a head: `Series` is quicker
-        if self.products is not None and name != "bias":
-            jacobian = CoreJacobian(int(name.rpartition(".")[2]), self.products, self.x)
-        else:
-            jacobian = UnitJacobian(
-                Units(self.layer, name, self.x, units_first(self.layer, self.z), limit), self.samples
-            )
+        jacobian = self._jacobian(name, limit)
         left, groups, right = jacobian.factors
         size, classes = left * right, self.p.shape[1]
         each = (size + classes * groups) * jacobian.size
@@ -218,11 +130,10 @@ class Logits:
             jacobian.form(some, j[some])
             if self.stages:
                 torch.amax(j[some].abs(), 2, out=reach[some])
-            g = self.g[some].unflatten(2, jacobian.factors).transpose(2, 3)  # (N, C, G, left, right)
-            torch.bmm(g.reshape(-1, classes * groups, size), j[some], out=v[some])
+            torch.bmm(jacobian.arranged(self.g[some]), j[some], out=v[some])
             w = v[some].view(-1, steps.shape[1])  # (N C, E)
             squares, weights = w * w, self.weights[some].flatten()
-            torch.amax(squares.view(len(g), -1), 1, out=most[some])
+            torch.amax(squares.view(len(v[some]), -1), 1, out=most[some])
             cumulants[0] += self.chosen[some].flatten() @ w
             cumulants[1] += weights @ squares
             cumulants[2] += weights @ squares.mul_(w)
@@ -231,18 +142,26 @@ class Logits:
         if order == 4:
             cumulants.append(self._fourth(v, portion))
         changes = self._exactly(v, steps) if order is None else _summed(cumulants, steps)
-        if self.stages and not self._mend(changes, jacobian, j, v, reach * largest, steps):
-            return None
+        if self.stages:
+            found = crossings(self.stages, jacobian, j, reach * largest, steps)
+            if found is None:
+                return None
+            self._cross(changes, found, v, steps)
         return changes[:, entries]
+
+    def _jacobian(self, name: str, limit: float) -> Jacobian:
+        if self.products is not None and name != "bias":
+            return CoreJacobian(int(name.rpartition(".")[2]), self.products, self.x)
+        return UnitJacobian(Units(self.layer, name, self.x, units_first(self.layer, self.z), limit), self.samples)
 
     def _fourth(self, v: Tensor, portion: int) -> Tensor:
         """κ_4 of each entry."""
-        total = 0.0
+        total = v.new_zeros(v.shape[2])
         for p, shares, w in zip(self.p.split(portion), self.shares.split(portion), v.split(portion), strict=True):
             squares = w * w
             second = (p.unsqueeze(1) @ squares).squeeze(1)  # (N, E)
             fourth = (p.unsqueeze(1) @ squares.square()).squeeze(1)
-            total = total + shares @ (fourth - 3 * second.square())
+            total += shares @ (fourth - 3 * second.square())
         return total
 
     def _exactly(self, v: Tensor, steps: Tensor) -> Tensor:
@@ -251,74 +170,21 @@ class Logits:
         v = v - v[rows, self.cross_entropy.targets].unsqueeze(1)  # against the logit of the class
         return torch.stack([self.shares @ torch.logsumexp(v * step + self.log_p.unsqueeze(2), 1) for step in steps])
 
-    def _mend(
-        self, changes: Tensor, jacobian: UnitJacobian | CoreJacobian, j: Tensor, v: Tensor, reach: Tensor, steps: Tensor
-    ) -> bool:
-        """Add what the kinks change; False if too many are near.
-
-        Args:
-            changes: (S, E).
-            j, v, reach: J, what it makes of the logits (N, C, E), and how far a step may move each number (N, K).
-        """
-        left, groups, right = jacobian.factors
+    def _cross(self, changes: Tensor, found: list[Crossing], v: Tensor, steps: Tensor) -> None:
+        """Add to the changes (S, E) what lies beyond the kinks."""
         samples, _, size = v.shape
-        t = torch.arange(jacobian.size, device=v.device)
-        rests: list[tuple[Tensor, ...]] = []
         keys, logits = [], []
-        for k, stage in enumerate(self.stages):
-            if k == 0:
-                near = stage.distance.view(-1, *jacobian.factors) <= reach.view(-1, left, 1, right)
-                sample, a, group, b = near.nonzero(as_tuple=True)
-                number, entries = (a * groups + group) * right + b, group.unsqueeze(1) * jacobian.size + t  # (K, T)
-                moves = steps.unflatten(1, (groups, -1))[:, group] * j[sample, a * right + b]  # (S, K, T)
-            else:
-                if k == 1:  # a bound for each number and each group of entries
-                    bound = torch.eye(groups, dtype=v.dtype, device=v.device).view(groups, 1, 1, groups, 1)
-                    bound = (bound * reach.view(-1, left, 1, right)).flatten(2)  # (G, N, U)
-                bound = self.stages[k - 1].bound(bound.flatten(0, 1)).view(groups, samples, -1)
-                sample, number = (stage.distance <= bound.amax(0)).nonzero(as_tuple=True)
-                if len(sample) * size * len(steps) > MOVES:
-                    return False
-                entries = torch.arange(size, device=v.device).expand(len(sample), -1)
-                moves = self._moves(k, jacobian, j, sample, number, rests, steps)
-            if len(sample) > NEAR * stage.distance.numel():
-                return False
-            rest = stage.rest(sample, number, moves)
-            rests.append((sample, number, entries, rest))
-            side, which, t_ = rest.nonzero(as_tuple=True)
-            keys.append((side * samples + sample[which]) * size + entries[which, t_])
-            logits.append(stage.g[sample[which], :, number[which]] * rest[side, which, t_].unsqueeze(1))
+        for stage, sample, number, entries, rest in found:
+            side, k, t = rest.nonzero(as_tuple=True)
+            keys.append((side * samples + sample[k]) * size + entries[k, t])
+            logits.append(stage.g[sample[k], :, number[k]] * rest[side, k, t].unsqueeze(1))
+        # the terms (step, sample, entry) that differ, each once, and how their logits move on
         key, place = torch.cat(keys).unique(return_inverse=True)
         change = v.new_zeros(len(key), v.shape[1]).index_add_(0, place, torch.cat(logits))
         side, sample, e = key // (samples * size), key // size % samples, key % size
-        before = steps[side, e].unsqueeze(1) * v[sample, :, e] + self.log_p[sample]
-        terms = self.shares[sample] * (before.softmax(1) * change.expm1()).sum(1).log1p()
-        terms += (self.chosen[sample] * change).sum(1)
+        p = (steps[side, e].unsqueeze(1) * v[sample, :, e] + self.log_p[sample]).softmax(1)
+        terms = self.shares[sample] * (p * change.expm1()).sum(1).log1p() + (self.chosen[sample] * change).sum(1)
         changes.view(-1).index_add_(0, side * size + e, terms)
-        return True
-
-    def _moves(
-        self,
-        k: int,
-        jacobian: UnitJacobian | CoreJacobian,
-        j: Tensor,
-        sample: Tensor,
-        number: Tensor,
-        rests: list[tuple[Tensor, ...]],
-        steps: Tensor,
-    ) -> Tensor:
-        """How far the steps move some numbers of the k-th stage: (S, K, E)."""
-        g = torch.zeros(len(number), self.stages[k].before.shape[1], dtype=j.dtype, device=j.device)
-        g[torch.arange(len(number), device=g.device), number] = 1
-        moves = steps.new_zeros(len(steps), len(number), steps.shape[1])
-        for stage, (others, numbers, entries, rest) in zip(self.stages[k - 1 :: -1], rests[::-1], strict=True):
-            g = stage.backward(g)  # (K, U), by φ(z)
-            whole = rest.new_zeros(*rest.shape[:2], steps.shape[1])
-            whole.scatter_(2, entries.expand(len(steps), -1, -1), rest)
-            moves += (g[:, numbers] * (sample.unsqueeze(1) == others)) @ whole
-            g = g * stage.slope[sample]
-        g = g.unflatten(1, jacobian.factors).transpose(1, 2).flatten(2)  # (K, G, left right)
-        return moves.add_((g @ j[sample]).flatten(1) * steps.unsqueeze(1))
 
 
 def _summed(cumulants: list[Tensor], steps: Tensor) -> Tensor:

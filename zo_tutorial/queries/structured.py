@@ -57,8 +57,8 @@ class Structured:
             return None
         try:
             logits = logits_behind(recording, layer, self.evaluation.room())
-            value = value.reshape(-1)[positions]
-            steps = torch.stack([(value + shift) - value for shift in shifts])
+            at = value.reshape(-1)[positions]
+            steps = torch.stack([(at + shift) - at for shift in shifts])  # after rounding
             return logits.look(parameter, positions, steps, self.evaluation.room())
         except Unsuitable:
             return None

@@ -1,0 +1,178 @@
+"""Piecewise-linear activations: where their kinks are, and what happens there.
+
+In front of such an activation φ, a number z is near a kink if some entry of a layer can move it there. For a move δ
+
+    φ(z + δ) = φ(z) + φ'(z) δ + ζ
+
+and ζ is 0 unless a kink is crossed. `crossings` finds the few that are not 0, of all stages behind the layer. A ζ of an
+earlier stage moves the numbers of a later one, as any change of φ(z) does.
+"""
+
+from inspect import signature
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+from zo_tutorial.queries.cross_entropy import RESHAPE
+from zo_tutorial.queries.jacobian import Jacobian
+from zo_tutorial.queries.recording import Call, Recording
+from zo_tutorial.queries.sensitivity import matrix
+from zo_tutorial.queries.suffix import RELU, Head, Suffix
+from zo_tutorial.queries.way import Unsuitable
+
+NEAR = 1 / 16  # the largest share of numbers near a kink
+MOVES = 2**22  # the most moves of such numbers to compute
+
+
+def kinks(call: Call) -> tuple[list[float], list[float]]:
+    """Where the slope of a piecewise-linear activation changes, and the slopes before, between and after.
+
+    Raises:
+        Unsuitable: it is another one.
+    """
+    if call.function in RELU:
+        return [0.0], [0.0, 1.0]
+    if call.function is F.relu6:
+        return [0.0, 6.0], [0.0, 1.0, 0.0]
+    if call.function in (F.leaky_relu, F.hardtanh):
+        given = signature(call.function).bind(*call.args, **call.kwargs)
+        given.apply_defaults()
+        if call.function is F.leaky_relu:
+            return [0.0], [given.arguments["negative_slope"], 1.0]
+        return [given.arguments["min_val"], given.arguments["max_val"]], [0.0, 1.0, 0.0]
+    raise Unsuitable
+
+
+class Stage(Head):
+    """A piecewise-linear activation φ of numbers z, and the layer W φ(z) + b behind it.
+
+    Attributes:
+        call: of that layer.
+        before, after, slope: z where the parameters stand, φ(z) and φ'(z) (N, U).
+        distance: of each z to the nearest kink.
+        steepest: the largest slope of φ.
+        g: the derivatives of C functions of the logits by φ(z): (N, C, U).
+    """
+
+    g: Tensor
+
+    def __init__(self, recording: Recording, call: Call):
+        layer = self._follow(recording, call, Suffix(recording, call), RESHAPE)
+        assert self.activation is not None
+        self.places, self.slopes = kinks(self.activation)
+        self.steepest = max(map(abs, self.slopes))
+        self.call, self.image = recording.call_of(layer), None
+        if isinstance(layer, nn.Conv2d):
+            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                raise Unsuitable
+            self.weight, self.image = layer.weight, self.call.args[0].shape[1:]
+            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        else:
+            self.weight = matrix(layer)
+
+    def enter(self, z: Tensor) -> None:
+        """Stand at z (N, U)."""
+        self.before, self.after = z, self.activate(z.clone())
+        self.slope = torch.full_like(z, self.slopes[0])
+        self.distance = torch.full_like(z, torch.inf)
+        for place, low, high in zip(self.places, self.slopes[:-1], self.slopes[1:], strict=True):
+            self.slope += (z > place) * (high - low)
+            self.distance = torch.minimum(self.distance, (z - place).abs())
+
+    def bound(self, reach: Tensor) -> Tensor:
+        """How far the layer's output may move (K, U') where each z moves as far as `reach` (K, U)."""
+        weight, reach = self.weight.abs(), reach * self.steepest
+        if self.image is None:
+            return reach @ weight.T
+        return F.conv2d(reach.view(-1, *self.image), weight, None, **self.options).flatten(1)
+
+    def backward(self, g: Tensor) -> Tensor:
+        """The derivatives by φ(z) (K, U) of functions with the derivatives g by the layer's output (K, U')."""
+        if self.image is None:
+            return g @ self.weight
+        g = g.reshape(-1, *self.call.results[0].shape[1:]).to(memory_format=torch.channels_last)  # half the time
+        weight = self.weight.to(memory_format=torch.channels_last)
+        return conv2d_input((len(g), *self.image), weight, g, **self.options).flatten(1)
+
+    def rest(self, sample: Tensor, number: Tensor, change: Tensor) -> Tensor:
+        """ζ = φ(z + δ) − φ(z) − φ'(z) δ for changes δ (S, K, T) of K numbers; 0 where it is no more than rounding."""
+        z, a, slope = (t[sample, number].unsqueeze(1) for t in (self.before, self.after, self.slope))
+        rest = self.activate(z + change).sub_(a).sub_(slope * change)
+        rounding = 4 * torch.finfo(z.dtype).eps * max(1, self.steepest)
+        return rest.masked_fill_(rest.abs() <= rounding * (z.abs() + change.abs()), 0)
+
+
+class Crossing(NamedTuple):
+    """What lies beyond the kinks of one stage, at K of its numbers.
+
+    Attributes:
+        sample, number: which they are (K,).
+        entries: those that move each one (K, T).
+        rest: ζ for each of their steps (S, K, T).
+    """
+
+    stage: Stage
+    sample: Tensor
+    number: Tensor
+    entries: Tensor
+    rest: Tensor
+
+
+def crossings(
+    stages: list[Stage], jacobian: Jacobian, j: Tensor, reach: Tensor, steps: Tensor
+) -> list[Crossing] | None:
+    """Where entries cross a kink, stage by stage; None if too many numbers are near one.
+
+    Args:
+        j: J (N, K, T).
+        reach: how far a step may move each number behind the layer (N, K).
+        steps: (S, E).
+    """
+    left, groups, right = jacobian.factors
+    found: list[Crossing] = []
+    bound = reach = reach.view(-1, left, 1, right)
+    for k, stage in enumerate(stages):
+        if k == 0:
+            near = stage.distance.view(-1, *jacobian.factors) <= reach
+            sample, a, group, b = near.nonzero(as_tuple=True)
+            number = (a * groups + group) * right + b
+            entries = group.unsqueeze(1) * jacobian.size + torch.arange(jacobian.size, device=j.device)
+            moves = steps.unflatten(1, (groups, -1))[:, group] * j[sample, a * right + b]  # (S, K, T)
+        else:
+            if k == 1:  # of each number, by each group of entries
+                bound = torch.eye(groups, dtype=j.dtype, device=j.device).view(groups, 1, 1, groups, 1) * reach
+            bound = stages[k - 1].bound(bound.view(groups * len(j), -1)).view(groups, len(j), -1)
+            sample, number = (stage.distance <= bound.amax(0)).nonzero(as_tuple=True)
+            if len(sample) * steps.numel() > MOVES:
+                return None
+            entries = torch.arange(steps.shape[1], device=j.device).expand(len(sample), -1)
+            moves = _moves(stage, found, sample, number, jacobian, j, steps)
+        if len(sample) > NEAR * stage.distance.numel():
+            return None
+        found.append(Crossing(stage, sample, number, entries, stage.rest(sample, number, moves)))
+    return found
+
+
+def _moves(
+    last: Stage,
+    crossed: list[Crossing],
+    sample: Tensor,
+    number: Tensor,
+    jacobian: Jacobian,
+    j: Tensor,
+    steps: Tensor,
+) -> Tensor:
+    """How far the steps of all entries move some numbers of the last stage: (S, K, E)."""
+    g = j.new_zeros(len(number), last.before.shape[1])
+    g[torch.arange(len(number), device=g.device), number] = 1
+    moves = steps.new_zeros(len(steps), len(number), steps.shape[1])
+    for before in reversed(crossed):
+        g = before.stage.backward(g)  # (K, U), by φ(z)
+        rest = steps.new_zeros(*before.rest.shape[:2], steps.shape[1])
+        rest.scatter_(2, before.entries.expand(len(steps), -1, -1), before.rest)
+        moves += (g[:, before.number] * (sample.unsqueeze(1) == before.sample)) @ rest
+        g = g * before.stage.slope[sample]
+    return moves.add_((jacobian.arranged(g.unsqueeze(1)) @ j[sample]).flatten(1) * steps.unsqueeze(1))
