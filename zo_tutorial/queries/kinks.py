@@ -79,7 +79,7 @@ class Stage(Head):
         self.slope = torch.full_like(z, self.slopes[0])
         self.distance = torch.full_like(z, torch.inf)
         for place, low, high in zip(self.places, self.slopes[:-1], self.slopes[1:], strict=True):
-            self.slope += (z > place) * (high - low)
+            self.slope += (z > place).to(z.dtype) * (high - low)
             self.distance = torch.minimum(self.distance, (z - place).abs())
 
     def bound(self, reach: Tensor) -> Tensor:
