@@ -277,7 +277,7 @@ def test_a_part_of_the_entries(no_probe):
 
 
 def test_few_entries_and_little_memory_are_left_to_another_way(no_probe):
-    for options in (dict(share=12), dict(memory=0.08)):
+    for options in (dict(share=12), dict(memory=0.06)):
         with pytest.raises((AssertionError, Unsuitable), match=r"not by the logits|memory does not suffice"):
             answers(made("TTM", "relu"), data(), 1e-3, only=["layers.0.cores.0"], directly=True, **options)
 
