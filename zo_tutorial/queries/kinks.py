@@ -23,7 +23,7 @@ from zo_tutorial.queries.sensitivity import matrix
 from zo_tutorial.queries.suffix import CACHE, RELU, Head, Suffix
 from zo_tutorial.queries.way import Unsuitable
 
-NEAR = 1 / 16  # the largest share of numbers near a kink
+NEAR = 1 / 20  # the largest share of numbers near a kink
 MOVES = 2**22  # the most moves of such numbers to compute
 
 
@@ -160,6 +160,30 @@ class Crossing(NamedTuple):
     rest: Tensor
 
 
+def near(stages: list[Stage], factors: tuple[int, int, int], reach: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The numbers near a kink, stage by stage: sample and number (K,). None if they are too many.
+
+    Args:
+        factors: of the layer's numbers (`jacobian`).
+        reach: how far a step may move each of them in all groups, in the first samples (N, K).
+    """
+    left, groups, right = factors
+    reach, found = reach.view(-1, left, 1, right), []
+    for k, stage in enumerate(stages):
+        distance = stage.distance[: len(reach)]
+        if k == 0:
+            bound = reach.expand(-1, -1, groups, -1).reshape(1, *distance.shape)  # alike by all groups
+        elif k == 1:
+            bound = stages[0].first_bound(reach, groups)  # (G, N, U)
+        else:
+            bound = stages[k - 1].bound(bound.flatten(0, 1)).view(groups, *distance.shape)
+        sample, number = (distance <= bound.amax(0)).nonzero(as_tuple=True)
+        if len(sample) > NEAR * distance.numel():
+            return None
+        found.append((sample, number))
+    return found
+
+
 def crossings(
     stages: list[Stage], jacobian: Jacobian, j: Tensor, reach: Tensor, steps: Tensor
 ) -> list[Crossing] | None:
@@ -170,29 +194,19 @@ def crossings(
         reach: how far a step may move each number behind the layer (N, K).
         steps: (S, E).
     """
-    left, groups, right = jacobian.factors
+    numbers = near(stages, jacobian.factors, reach)
+    if numbers is None or sum(len(sample) for sample, _ in numbers[1:]) * steps.numel() > MOVES:
+        return None
+    _, groups, right = jacobian.factors
     found: list[Crossing] = []
-    bound = reach = reach.view(-1, left, 1, right)
-    for k, stage in enumerate(stages):
-        if k == 0:
-            near = stage.distance.view(-1, *jacobian.factors) <= reach
-            sample, a, group, b = near.nonzero(as_tuple=True)
-            number = (a * groups + group) * right + b
+    for stage, (sample, number) in zip(stages, numbers, strict=True):
+        if not found:
+            group, place = number // right % groups, number // right // groups * right + number % right
             entries = group.unsqueeze(1) * jacobian.size + torch.arange(jacobian.size, device=j.device)
-            moves = steps.unflatten(1, (groups, -1))[:, group] * j[sample, a * right + b]  # (S, K, T)
+            moves = steps.unflatten(1, (groups, -1))[:, group] * j[sample, place]  # (S, K, T)
         else:
-            before = stages[k - 1]
-            if k == 1:
-                bound = before.first_bound(reach, groups)
-            else:
-                bound = before.bound(bound.flatten(0, 1)).view(groups, len(j), -1)
-            sample, number = (stage.distance <= bound.amax(0)).nonzero(as_tuple=True)
-            if len(sample) * steps.numel() > MOVES:
-                return None
             entries = torch.arange(steps.shape[1], device=j.device).expand(len(sample), -1)
             moves = _moves(stage, found, sample, number, jacobian, j, steps)
-        if len(sample) > NEAR * stage.distance.numel():
-            return None
         found.append(Crossing(stage, sample, number, entries, stage.rest(sample, number, moves)))
     return found
 

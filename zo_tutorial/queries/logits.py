@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries.cross_entropy import CrossEntropy
 from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian
-from zo_tutorial.queries.kinks import Crossing, Stage, crossings
+from zo_tutorial.queries.kinks import Crossing, Stage, crossings, near
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Recording, version
 from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, products, units_first
 from zo_tutorial.queries.suffix import Suffix
 from zo_tutorial.queries.way import Unsuitable
 
 TAIL = {3: 13 / 12, 4: 5 / 4}  # the first coefficient of −log(2 − e^x) behind that of an order
+FEW = 16  # samples whose kinks tell of the others
+LARGE = 30.0  # of a move of a logit: exp of it is no more precise, or overflows
 CACHE = 2**21  # bytes to handle at once: most of them stay in the cache of a core
 
 
@@ -130,6 +132,8 @@ class Logits:
             jacobian.form(some, j[some])
             if self.stages:
                 torch.amax(j[some].abs(), 2, out=reach[some])
+                if start == 0 and near(self.stages, jacobian.factors, reach[:FEW][: some.stop] * largest) is None:
+                    return None
             torch.bmm(jacobian.arranged(self.g[some]), j[some], out=v[some])
             w = v[some].view(-1, steps.shape[1])  # (N C, E)
             squares, weights = w * w, self.weights[some].flatten()
@@ -138,7 +142,10 @@ class Logits:
             cumulants[1] += weights @ squares
             cumulants[2] += weights @ squares.mul_(w)
         v = v.view(self.samples, classes, -1)
-        order = _order(largest * most.sqrt(), self.shares)
+        x = largest * most.sqrt()  # the largest |s w| of each sample
+        if not x.max() < LARGE:
+            return None
+        order = _order(x, self.shares)
         if order == 4:
             cumulants.append(self._fourth(v, portion))
         changes = self._exactly(v, steps) if order is None else _summed(cumulants, steps)
@@ -166,9 +173,9 @@ class Logits:
 
     def _exactly(self, v: Tensor, steps: Tensor) -> Tensor:
         """The changes (S, E) when the logits move by s v, by the logarithm."""
-        rows = torch.arange(self.samples, device=v.device)
-        v = v - v[rows, self.cross_entropy.targets].unsqueeze(1)  # against the logit of the class
-        return torch.stack([self.shares @ torch.logsumexp(v * step + self.log_p.unsqueeze(2), 1) for step in steps])
+        p = self.p.unsqueeze(1)  # (N, 1, C)
+        means = [self.shares @ (p @ torch.mul(v, step).exp_()).squeeze(1).log_() for step in steps]
+        return torch.stack(means) + steps * (self.chosen.flatten() @ v.flatten(0, 1))
 
     def _cross(self, changes: Tensor, found: list[Crossing], v: Tensor, steps: Tensor) -> None:
         """Add to the changes (S, E) what lies beyond the kinks."""
