@@ -160,8 +160,10 @@ class Crossing(NamedTuple):
     rest: Tensor
 
 
-def near(stages: list[Stage], factors: tuple[int, int, int], reach: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-    """The numbers near a kink, stage by stage: sample and number (K,). None if they are too many.
+def near(
+    stages: list[Stage], factors: tuple[int, int, int], reach: Tensor, share: float = NEAR
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The numbers near a kink, stage by stage: sample and number (K,). None if they are more than a share of a stage's.
 
     Args:
         factors: of the layer's numbers (`jacobian`).
@@ -178,7 +180,7 @@ def near(stages: list[Stage], factors: tuple[int, int, int], reach: Tensor) -> l
         else:
             bound = stages[k - 1].bound(bound.flatten(0, 1)).view(groups, *distance.shape)
         sample, number = (distance <= bound.amax(0)).nonzero(as_tuple=True)
-        if len(sample) > NEAR * distance.numel():
+        if len(sample) > share * distance.numel():
             return None
         found.append((sample, number))
     return found

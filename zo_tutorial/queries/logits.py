@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries.cross_entropy import CrossEntropy
 from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian
-from zo_tutorial.queries.kinks import Crossing, Stage, crossings, near
+from zo_tutorial.queries.kinks import NEAR, Crossing, Stage, crossings, near
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Recording, version
 from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, products, units_first
 from zo_tutorial.queries.suffix import Suffix
@@ -132,7 +132,8 @@ class Logits:
             jacobian.form(some, j[some])
             if self.stages:
                 torch.amax(j[some].abs(), 2, out=reach[some])
-                if start == 0 and near(self.stages, jacobian.factors, reach[:FEW][: some.stop] * largest) is None:
+                few = reach[: min(FEW, some.stop)] * largest
+                if start == 0 and near(self.stages, jacobian.factors, few, 2 * NEAR) is None:
                     return None
             torch.bmm(jacobian.arranged(self.g[some]), j[some], out=v[some])
             w = v[some].view(-1, steps.shape[1])  # (N C, E)
