@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zo_tutorial import MNIST_CNN, MNIST_TTM, TensorizedLinear, TensorizedLinear_module, TensorizedLinear_module_tonn
-from zo_tutorial.queries import LossQueries, logits, structured
+from zo_tutorial.queries import LossQueries, kinks, logits, structured
 from zo_tutorial.queries.way import Unsuitable
 
 TTM = dict(shape=[[2, 3], [3, 2]], max_rank=2)
@@ -154,7 +154,8 @@ def test_losses_in_single_precision(net, shift):
 @pytest.mark.parametrize("net", ["convolutions", "deep", "three TTM"])
 def test_kinks_are_crossed_in_every_stage(net, crossed, no_probe, monkeypatch):
     """There are terms that cross, and without them the changes are wrong."""
-    monkeypatch.setattr("zo_tutorial.queries.kinks.NEAR", 1.0)
+    monkeypatch.setattr(kinks.near, "__defaults__", (1.0,))
+    monkeypatch.setattr(logits, "NEAR", 1.0)
     model = made(net, "relu")
     first = next(name for name, parameter in model.named_parameters() if parameter.dim() > 1)
     question = dict(only=[first], directly=True)

@@ -10,11 +10,13 @@ gains little: most operations are too short to share):
 
 - Dense 784-256-10, 10,164 weights: bytes. 2.6 million changes of hidden units, each through eight operations and a
   log1p, and six gathers for both sides: 15 ms. Measured: 18 ms.
-- TTM of rank 4, 1,504 weights: bytes, then flops. 17 million numbers are shifted and activated: 13 ms; 0.23e9
-  multiply-adds: 6 ms; softmax: 3 ms. Measured: 32 ms; the rest is dispatch, some 60 portions of 30 operations. (For
-  the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
-- Convolutions: flops. Of the next layer only what one changed channel needs, then all of the network behind it, is run
-  for each shift. 8,557 queries of the 4,278-weight net: 0.4 to 0.6 s, of which matrix products 0.15 s.
+- TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.16e9 multiply-adds: 4 ms; a dozen
+  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 23 ms, 7.5
+  first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
+- Convolutions: flops. By the logits, 0.2e9 multiply-adds for 8,557 queries of the 4,278-weight net: 5 ms. Measured: 60
+  ms, 15 first-order steps, a third of it for the kinks behind the first convolution. For smooth activations or larger
+  steps, of the next layer only what one changed channel needs, then all of the network behind it, is run for each
+  shift: 0.4 to 0.6 s.
 - `sign`: dispatch. A look is a dozen operations on a few thousand numbers, 45 to 100 µs a coordinate.
 """
 
