@@ -197,15 +197,16 @@ def crossings(
         steps: (S, E).
     """
     numbers = near(stages, jacobian.factors, reach)
-    if numbers is None or sum(len(sample) for sample, _ in numbers[1:]) * steps.numel() > MOVES:
+    if numbers is None:
         return None
-    _, groups, right = jacobian.factors
+    first, *later = (len(sample) for sample, _ in numbers)  # of which one group or all entries may move each
+    if (first // jacobian.factors[1] + sum(later)) * steps.numel() > MOVES:
+        return None
     found: list[Crossing] = []
     for stage, (sample, number) in zip(stages, numbers, strict=True):
         if not found:
-            group, place = number // right % groups, number // right // groups * right + number % right
-            entries = group.unsqueeze(1) * jacobian.size + torch.arange(jacobian.size, device=j.device)
-            moves = steps.unflatten(1, (groups, -1))[:, group] * j[sample, place]  # (S, K, T)
+            entries, rows = jacobian.rows(j, sample, number)
+            moves = steps[:, entries] * rows  # (S, K, T)
         else:
             entries = torch.arange(steps.shape[1], device=j.device).expand(len(sample), -1)
             moves = _moves(stage, found, sample, number, jacobian, j, steps)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_tutorial.queries.cross_entropy import CrossEntropy
-from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian
+from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian, WideJacobian
 from zo_tutorial.queries.kinks import NEAR, Crossing, Stage, crossings, near
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Recording, version
 from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, products, units_first
@@ -110,30 +110,28 @@ class Logits:
         if not core and len(self.stages) < 2 and not isinstance(self.layer, CONVOLUTIONS):
             return None  # one unit in front of a head: `Series` is quicker
         jacobian = self._jacobian(name, limit)
-        left, groups, right = jacobian.factors
-        size, classes = left * right, self.p.shape[1]
-        each = (size + classes * groups) * jacobian.size
-        numbers = 4 * each
+        classes, rows = self.p.shape[1], self.p.shape[1] * jacobian.blocks
+        each = (jacobian.inner + rows) * jacobian.size
+        numbers = 4 * (each + rows * jacobian.inner)
         if len(self.stages) > 1:
-            numbers += 4 * groups * (self.stages[0].before.shape[1] + self.stages[1].before.shape[1])
+            numbers += 4 * jacobian.factors[1] * sum(stage.before.shape[1] for stage in self.stages[:2])
         if 2 * numbers * self.samples * self.g.element_size() > limit:
             return None
         entries, asked = jacobian.entries(positions), steps
-        steps = steps.new_zeros(len(steps), groups * jacobian.size)
+        steps = steps.new_zeros(len(steps), jacobian.blocks * jacobian.size)
         steps[:, entries] = asked
         largest = asked.abs().max()
-        j = self.g.new_empty(self.samples, size, jacobian.size)
-        v = self.g.new_empty(self.samples, classes * groups, jacobian.size)
-        reach, most = self.g.new_empty(self.samples, size), self.g.new_empty(self.samples)
+        j = self.g.new_empty(self.samples, jacobian.inner, jacobian.size)
+        v = self.g.new_empty(self.samples, rows, jacobian.size)
+        reach, most = list[Tensor](), self.g.new_empty(self.samples)
         cumulants = [steps.new_zeros(steps.shape[1]) for _ in range(3)]
         portion = max(1, int(CACHE / each / v.element_size()))
         for start in range(0, self.samples, portion):
             some = slice(start, min(start + portion, self.samples))
             jacobian.form(some, j[some])
             if self.stages:
-                torch.amax(j[some].abs(), 2, out=reach[some])
-                few = reach[: min(FEW, some.stop)] * largest
-                if start == 0 and near(self.stages, jacobian.factors, few, 2 * NEAR) is None:
+                reach.append(jacobian.reach(j[some]) * largest)
+                if start == 0 and near(self.stages, jacobian.factors, reach[0][:FEW], 2 * NEAR) is None:
                     return None
             torch.bmm(jacobian.arranged(self.g[some]), j[some], out=v[some])
             w = v[some].view(-1, steps.shape[1])  # (N C, E)
@@ -151,7 +149,7 @@ class Logits:
             cumulants.append(self._fourth(v, portion))
         changes = self._exactly(v, steps) if order is None else _summed(cumulants, steps)
         if self.stages:
-            found = crossings(self.stages, jacobian, j, reach * largest, steps)
+            found = crossings(self.stages, jacobian, j, torch.cat(reach), steps)
             if found is None:
                 return None
             self._cross(changes, found, v, steps)
@@ -159,7 +157,9 @@ class Logits:
 
     def _jacobian(self, name: str, limit: float) -> Jacobian:
         if self.products is not None and name != "bias":
-            return CoreJacobian(int(name.rpartition(".")[2]), self.products, self.x)
+            core = CoreJacobian(int(name.rpartition(".")[2]), self.products, self.x)
+            r, m, n, _ = core.shape
+            return WideJacobian(core) if m == core.tall == 1 and r * n > self.p.shape[1] else core
         return UnitJacobian(Units(self.layer, name, self.x, units_first(self.layer, self.z), limit), self.samples)
 
     def _fourth(self, v: Tensor, portion: int) -> Tensor:
