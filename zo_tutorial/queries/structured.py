@@ -11,7 +11,7 @@ gains little: most operations are too short to share):
 - Dense 784-256-10, 10,164 weights: bytes. 2.6 million changes of hidden units, each through eight operations and a
   log1p, and six gathers for both sides: 15 ms. Measured: 18 ms.
 - TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.16e9 multiply-adds: 4 ms; a dozen
-  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 23 ms, 7.5
+  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 25 ms, 7.7
   first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
 - Convolutions: flops. By the logits, 0.2e9 multiply-adds for 8,557 queries of the 4,278-weight net: 5 ms. Measured: 60
   ms, 15 first-order steps, a third of it for the kinks behind the first convolution. For smooth activations or larger
