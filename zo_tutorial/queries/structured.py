@@ -8,13 +8,16 @@ What bounds a two-sided step, from the rates of one core (2.6e9 numbers a second
 for log1p, 41e9 multiply-adds a second) and batch 128 in float32, and what was measured on that core (a second one
 gains little: most operations are too short to share):
 
-- Dense 784-256-10, 10,164 weights: bytes. 2.6 million changes of hidden units, each through eight operations and a
-  log1p, and six gathers for both sides: 15 ms. Measured: 18 ms.
-- TTM of rank 4, 1,504 weights: bytes, then flops. 17 million numbers are shifted and activated: 13 ms; 0.23e9
-  multiply-adds: 6 ms; softmax: 3 ms. Measured: 32 ms; the rest is dispatch, some 60 portions of 30 operations. (For
-  the ReLU, most of it is linear in J. That halves the bytes, but saved a tenth at most, for its extra operations.)
-- Convolutions: flops. Of the next layer only what one changed channel needs, then all of the network behind it, is run
-  for each shift. 8,557 queries of the 4,278-weight net: 0.4 to 0.6 s, of which matrix products 0.15 s.
+- Dense 784-256-10, all or some weights: overhead. Two products of 51 million multiply-adds (`sums`): 0.7 ms; four
+  values of 33 thousand changes: 0.5 ms. Measured: 7 ms for 10,164 weights, 3.5 first-order steps; weight by weight, as
+  for larger steps, 18 ms.
+- TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.16e9 multiply-adds: 4 ms; a dozen
+  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 25 ms, 7.7
+  first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
+- Convolutions: flops. By the logits, 0.2e9 multiply-adds for 8,557 queries of the 4,278-weight net: 5 ms. Measured: 60
+  ms, 15 first-order steps, a third of it for the kinks behind the first convolution. For smooth activations or larger
+  steps, of the next layer only what one changed channel needs, then all of the network behind it, is run for each
+  shift: 0.4 to 0.6 s.
 - Encoder of two blocks 128 wide, one-sided, 32 sentences of 12 words: flops. A query of the first block multiplies 50
   to 70 million times, of the second 13 to 32 million: 1.2 to 1.6 and 0.3 to 0.7 ms; normalisation, GELU, attention and
   cross-entropy take 0.3 and 0.2 ms. Measured: 1.4 to 1.8 times their sum.
@@ -31,10 +34,11 @@ from zo_tutorial.queries.cost import MEMORY, SETUP, beside, looped, vmapped
 from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
+from zo_tutorial.queries.logits import logits_behind
 from zo_tutorial.queries.parts import Part
-from zo_tutorial.queries.recording import AT_ONCE, Recording, bytes_of, overlap, span
+from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Recording, bytes_of, overlap, span
 from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
-from zo_tutorial.queries.sensitivity import Units, response
+from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, response
 from zo_tutorial.queries.slices import Slice
 from zo_tutorial.queries.suffix import CACHE, ONE_BY_ONE, CachedLayer
 from zo_tutorial.queries.sums import is_ascending, is_range, summed, summing
@@ -53,8 +57,25 @@ class Structured:
         self.evaluation = evaluation
 
     def coordinates(self, name: str, index: Tensor, shifts: list[float]) -> Tensor:
-        probe = self._probe(name)
-        return self.evaluation.base + probe.look(index, shifts)
+        changes = self._by_logits(name, index, shifts)
+        if changes is None:
+            changes = self._probe(name).look(index, shifts)
+        return self.evaluation.base + changes
+
+    def _by_logits(self, name: str, positions: Tensor, shifts: list[float]) -> Tensor | None:
+        """The changes of the loss where that is the cheaper way; None where it is not."""
+        layer, parameter = self._layer(name)
+        recording, value = self.evaluation.recorded(), layer.get_parameter(parameter)
+        core = isinstance(layer, TENSOR_LAYERS) and parameter != "bias"
+        if len(positions) < value.numel() / 8 or not (core or isinstance(layer, CONVOLUTIONS)):
+            return None  # a dense layer's weights are summed first (`sums`)
+        try:
+            logits = logits_behind(recording, layer, self.evaluation.room())
+            at = value.reshape(-1)[positions]
+            steps = torch.stack([(at + shift) - at for shift in shifts])  # after rounding
+            return logits.look(parameter, positions, steps, self.evaluation.room())
+        except Unsuitable:
+            return None
 
     def directions(self, index: dict[str, Index], directions: Directions, scales: list[float]) -> Tensor:
         return self._directional(index, isinstance(directions, LowRank)).losses(directions, scales)
