@@ -108,7 +108,7 @@ def test_changes_of_all_weights_are_those_of_the_loop(activation, h, dtype, answ
     model = heads(ACTIVATIONS[activation])
     check(model, F.cross_entropy, batch_of(), h, dtype=dtype)
     check(model, weighted, batch_of(), h, "2.weight", dtype=dtype)
-    if h <= 1e-3:
+    if h <= 1e-3 or (h == 1e-2 and dtype == torch.float32):
         assert answers == {"summed": 2, "refused": 0}
 
 

@@ -19,6 +19,7 @@ from zo_tutorial.queries.suffix import Head
 from zo_tutorial.queries.way import Unsuitable
 
 SHARE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of a change, that may be missing
+LARGEST = 1.0  # move of a logit
 PASSES = 12  # over all units and rows, that one value of f takes in front of a head
 ROUNDINGS = 16  # of a row's loss, that its change may carry
 AT_ONCE = 2**18  # numbers of rows that run at once: they stay in the cache of a core
@@ -64,8 +65,22 @@ class SeriesRows:
             change = self.head.activate(z + change).sub_(self.head.activate(z.clone())).to(self.z)
         losses = self.series.changes(at, change, SHARE[change.dtype])
         if losses is None:
-            raise Unsuitable("the steps are too large for the series")
+            losses = self._exactly(at, change)
         return losses * (self.shares if at is ... else self.shares[at[1]])
+
+    def _exactly(self, at: Places, change: Tensor) -> Tensor:
+        """log(1 + Σ_k p_k (exp(D (w_k − w_y)) − 1)), term by term."""
+        weight, p, targets = self.series.weight, self.series.p, self.series.cross_entropy.targets
+        if not change.abs().max() * self.series.size < LARGEST:
+            raise Unsuitable("the steps are too large")
+        if self.head.activation is None:  # unit i is logit i: w_k is 1 for k = i, else 0
+            is_class = torch.arange(len(p), device=p.device)[:, None] == targets
+            return torch.log1p(p[at] * change.expm1()) - change * is_class[at]
+        chosen, total = weight[targets].T[at], torch.zeros_like(change)
+        for w, share in zip(weight, p, strict=True):
+            w, share = (w[:, None], share) if at is ... else (w[at[0]], share[at[1]])
+            total += share * (change * (w - chosen)).expm1_()
+        return total.log1p_()
 
 
 class TailRows:
