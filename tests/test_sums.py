@@ -84,6 +84,7 @@ def check(model, criterion, batch, h, name="0.weight", index=None, dtype=torch.f
     x, targets = batch
     queries, base = queries_of(mine, criterion, (x.to(dtype), targets), "structured")
     changes = queries.coordinates(name, index, [h, -h]) - base
+    assert queries.ways()["coordinates", name][0] == "structured"  # which was compared with the loop
     if dtype == torch.float32:  # the step that rounding leaves, for each weight
         model.load_state_dict(mine.state_dict())
         value = mine.get_parameter(name).detach().flatten()[index]
@@ -110,6 +111,17 @@ def test_changes_of_all_weights_are_those_of_the_loop(activation, h, dtype, answ
     check(model, weighted, batch_of(), h, "2.weight", dtype=dtype)
     if h <= 1e-3 or (h == 1e-2 and dtype == torch.float32):
         assert answers == {"summed": 2, "refused": 0}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_where_few_cumulants_do_not_suffice(activation, answers):
+    """A head with large weights: the logits move by some tenths."""
+    torch.manual_seed(0)
+    model = heads(ACTIVATIONS[activation])
+    model[2].weight.data *= 20
+    check(model, F.cross_entropy, batch_of(), 1e-2, dtype=torch.float32)
+    check(model, weighted, batch_of(), 1e-1, "2.weight", dtype=torch.float32)
+    assert answers == {"summed": 2, "refused": 0}
 
 
 @pytest.mark.parametrize("bias", [True, False])
