@@ -11,11 +11,11 @@ gains little: most operations are too short to share):
 - Dense 784-256-10, all or some weights: overhead. Two products of 51 million multiply-adds (`sums`): 0.7 ms; four
   values of 33 thousand changes: 0.5 ms. Measured: 7 ms for 10,164 weights, 3.5 first-order steps; weight by weight, as
   for larger steps, 18 ms.
-- TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.16e9 multiply-adds: 4 ms; a dozen
+- TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.18e9 multiply-adds: 5 ms; a dozen
   passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 25 ms, 7.7
   first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
-- Convolutions: flops. By the logits, 0.2e9 multiply-adds for 8,557 queries of the 4,278-weight net: 5 ms. Measured: 60
-  ms, 15 first-order steps, a third of it for the kinks behind the first convolution. For smooth activations or larger
+- Convolutions: flops, then dispatch. By the logits, 0.55e9 multiply-adds for 8,557 queries of the 4,278-weight net: 14
+  ms. Measured: 66 ms, 16 first-order steps, a third of it for the kinks behind the first convolution. For smooth activations or larger
   steps, of the next layer only what one changed channel needs, then all of the network behind it, is run for each
   shift: 0.4 to 0.6 s.
 - Encoder of two blocks 128 wide, one-sided, 32 sentences of 12 words: flops. A query of the first block multiplies 50
