@@ -7,9 +7,11 @@ the first answers with those of the `loop`, the reference. The ways have one fac
 - `loop` perturbs, runs and restores; `evaluation` runs model and criterion, the same each time, and `state` knows what
   a pass leaves behind in the model, to put it back.
 - `batched` runs many perturbed copies in one call of vmap; `cost` says when that pays.
-- `structured` computes the prefix of a layer once, in a `recording`, moves the layer's output by a `sensitivity`, and
-  runs only the suffix (`suffix`, `cross_entropy`), for many outputs side by side and only what moves of them (`points`,
-  `parts`, `rules`). Directions go through `directional`, those of a `chain` of dense and tensor layers without vmap.
+- `structured` computes the prefix of a layer once, in a `recording`, and moves the layer's output by a `sensitivity`.
+  Where few weights are asked, it runs the suffix only (`suffix`, `cross_entropy`), for many outputs side by side and
+  only what moves of them (`points`, `parts`, `rules`). Where many are, it sums over the samples first: of dense layers
+  by values of each unit (`sums`, `rows`), of tensor layers and convolutions by the derivatives of the logits (`logits`,
+  `jacobian`, `kinks`). Directions go through `directional`, those of a `chain` of dense and tensor layers without vmap.
 
 Single moves, one coordinate after the other, look ahead in `descent`: on a path that is guessed, where a `walk` knows
 the slope.
