@@ -146,19 +146,13 @@ class Stage(Head):
 
 
 class Crossing(NamedTuple):
-    """What lies beyond the kinks of one stage, at K of its numbers.
-
-    Attributes:
-        sample, number: which they are (K,).
-        entries: those that move each one (K, T).
-        rest: ζ for each of their steps (S, K, T).
-    """
+    """What lies beyond the kinks of one stage, at K of its numbers."""
 
     stage: Stage
-    sample: Tensor
-    number: Tensor
-    entries: Tensor
-    rest: Tensor
+    sample: Tensor  # which they are (K,)
+    number: Tensor  # (K,)
+    entries: Tensor  # those that move each one (K, T)
+    rest: Tensor  # ζ for each of their steps (S, K, T)
 
 
 def near(

@@ -9,17 +9,13 @@ from torch import Tensor
 class Part(NamedTuple):
     """P tensors that differ from a recorded one in some slices along one dimension.
 
-    Attributes:
-        values: those slices (P, ..., w, ...).
-        dim: the dimension, counted from the end: -1 is the last.
-        slices: their numbers (P, w).
-        rest: the recorded tensor (...).
+    dim is counted from the end: -1 is the last.
     """
 
-    values: Tensor
+    values: Tensor  # of those slices (P, ..., w, ...)
     dim: int
-    slices: Tensor
-    rest: Tensor
+    slices: Tensor  # their numbers (P, w)
+    rest: Tensor  # the recorded tensor (...)
 
     def whole(self) -> Tensor:
         """(P, ...)."""

@@ -5,8 +5,8 @@ layer, the change of the loss is a sum over the samples of functions of one numb
 
     L(θ + s e_ij) − L(θ) = Σ_b f_ib(s x_jb).
 
-As far as these δ reach, |δ| ≤ r_b, f is nearly a polynomial, f_ib(δ) = Σ_m c_m,ib δ^m, which a few values of f give.
-Then the two sums change places, and what depends on j is a matrix product for each order (chapter 9):
+As far as these δ reach, from −r_b to r_b, f is nearly a polynomial, f_ib(δ) = Σ_m c_m,ib δ^m, which a few values of f
+give. Then the two sums change places, and what depends on j is a matrix product for each order (chapter 9):
 
     Σ_b Σ_m c_m,ib (s x_jb)^m = Σ_m s^m (C_m (X^m)ᵀ)_ij.
 
