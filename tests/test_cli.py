@@ -113,6 +113,14 @@ def test_auto_without_data_warns_in_one_line(elsewhere, capsys, monkeypatch):
     assert "the download failed" in last
 
 
+@pytest.mark.parametrize(("arguments", "threads"), [([], 1), (["--threads", "2"], 2)])
+def test_a_run_has_one_thread_or_as_many_as_are_asked_for(monkeypatch, capsys, arguments, threads):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr("zo_tutorial.__main__.run", lambda *_, **__: seen.append(torch.get_num_threads()) or {})
+    assert main([*QUICK, *arguments]) == 0
+    assert seen == [threads] and torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -136,6 +144,8 @@ def test_auto_without_data_warns_in_one_line(elsewhere, capsys, monkeypatch):
         ([*FC, "--out", "record.txt"], "record.txt: the record should be a file whose name ends in .json"),
         ([*FC, "--out", ""], "the record should be a file whose name ends in .json"),
         ([*FC, "--out", "nowhere/record.json"], "nowhere/record.json: the folder nowhere does not exist"),
+        ([*QUICK, "--threads", "0"], "--threads 0: should be at least 1"),
+        (["bench", "--quick", "--threads", "-2"], "--threads -2: should be at least 1"),
         ([*QUICK, "--device", "gpu7"], "device 'gpu7' cannot be used"),
         ([*QUICK, "--set", "optimizer.opt_layers_strs=nn.Conv2d"], "FO.yml: optimizer: opt_layers_strs: the model has"),
         ([*QUICK, "--set", "optimizer.momentum=0.9"], "FO.yml: optimizer: adam has moments of its own"),
