@@ -60,7 +60,6 @@ def compare(model, batch, criterion, shifts, without=(), memory=512):
         torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
         assert queries.ways()["coordinates", name][0] == "structured"
     seen = queries.evaluation.recording.layers_seen
-    seen = {layer: cached for layer, cached in seen.items() if isinstance(layer, nn.Module)}  # not those of the logits
     names = {module: name for name, module in model.named_modules()}
     side_by_side = {names[layer]: cached.points is not None for layer, cached in seen.items()}
     heads = {name for name, layer in zip(side_by_side, seen.values(), strict=True) if layer.series is not None}

@@ -138,7 +138,7 @@ def bench(
     """Time a step of every model, method and mode on one device, with as many threads as torch is set to.
 
     Args:
-        quick: fewer rounds, and more steps scaled from a sample: under a minute on two cores.
+        quick: fewer rounds, and more steps scaled from a sample: about a minute.
         models: {name: Case, or the first of its fields} on that device; None: those of the book.
         peers: the libraries of `PEERS` to time too, on models without masks.
         others: models of other kinds, in the modes "loop" and "auto".

@@ -37,13 +37,12 @@ def logits_behind(recording: Recording, layer: nn.Module, limit: float) -> "Logi
     Raises:
         Unsuitable: as `Logits` says.
     """
-    key = "logits", layer
-    if key not in recording.layers_seen:
-        recording.layers_seen[key] = None
-        recording.layers_seen[key] = Logits(recording, layer, limit)
-    if recording.layers_seen[key] is None:
+    if layer not in recording.logits_seen:
+        recording.logits_seen[layer] = None  # unless the next line succeeds
+        recording.logits_seen[layer] = Logits(recording, layer, limit)
+    if recording.logits_seen[layer] is None:
         raise Unsuitable
-    return recording.layers_seen[key]
+    return recording.logits_seen[layer]
 
 
 class Logits:

@@ -137,6 +137,7 @@ class Recording(TorchFunctionMode):
         self.broken = ""  # why it broke off
         self.plain: dict[int, Tensor] = {}  # for `points`: contiguous copies of recorded tensors, by their id
         self.layers_seen: dict = {}  # for `structured`: what it has found out about layers
+        self.logits_seen: dict = {}  # for `logits`: the same
 
     def __enter__(self):
         self.handles = []

@@ -9,10 +9,10 @@ for log1p, 41e9 multiply-adds a second) and batch 128 in float32, and what was m
 gains little: most operations are too short to share):
 
 - Dense 784-256-10, all or some weights: overhead. Two products of 51 million multiply-adds (`sums`): 0.7 ms; four
-  values of 33 thousand changes: 0.5 ms. Measured: 7 ms for 10,164 weights, 3.5 first-order steps; weight by weight, as
+  values of 33 thousand changes: 0.5 ms. Measured: 8 ms for 10,164 weights, 4 first-order steps; weight by weight, as
   for larger steps, 18 ms.
 - TTM of rank 4, 1,504 weights: flops, then dispatch. By the logits (`logits`) 0.18e9 multiply-adds: 5 ms; a dozen
-  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 25 ms, 7.7
+  passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 27 ms, 8
   first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
 - Convolutions: flops, then dispatch. By the logits, 0.55e9 multiply-adds for 8,557 queries of the 4,278-weight net: 14
   ms. Measured: 66 ms, 16 first-order steps, a third of it for the kinks behind the first convolution. For smooth
@@ -71,8 +71,7 @@ class Structured:
             return None  # a dense layer's weights are summed first (`sums`)
         try:
             logits = logits_behind(recording, layer, self.evaluation.room())
-            at = value.reshape(-1)[positions]
-            steps = torch.stack([(at + shift) - at for shift in shifts])  # after rounding
+            steps = rounded(value.reshape(-1)[positions], shifts)
             return logits.look(parameter, positions, steps, self.evaluation.room())
         except Unsuitable:
             return None
@@ -82,9 +81,8 @@ class Structured:
 
     def descend(self, moves: Moves) -> float:
         probe = self._probe(moves.name)
-        value = probe.parameter.reshape(-1)[moves.positions]
-        steps = torch.stack([(value + moves.shift) - value, (value - moves.shift) - value, value - value], 1)  # (K, 3)
-        walk = Walk(probe.cached, probe.response, moves.positions, steps, probe.points)
+        steps = rounded(probe.parameter.reshape(-1)[moves.positions], [moves.shift, -moves.shift, 0.0])  # (3, K)
+        walk = Walk(probe.cached, probe.response, moves.positions, steps.T.contiguous(), probe.points)
         return descend_ahead(self.evaluation, walk, moves)
 
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
@@ -177,7 +175,7 @@ class Probe:
         value = self.parameter.reshape(-1)
         if len(positions) != len(value) or not is_range(positions):
             value = value[positions]
-        steps = torch.stack([value + shift for shift in shifts]).sub_(value)  # (S, K): the shifts after rounding
+        steps = rounded(value, shifts)
         if self._many(steps.numel()):
             try:
                 return self._sum_first(positions, steps)
@@ -255,3 +253,8 @@ class Probe:
         o = torch.addcmul(self.o, self.head.transposed[unit].unsqueeze(2), change.unsqueeze(2))  # (S, K, C, R)
         losses = self.suffix.losses(torch.cat([o.flatten(0, 1), self.o.unsqueeze(0)]))
         return (losses[:-1] - losses[-1]).view_as(steps)
+
+
+def rounded(value: Tensor, shifts: list[float]) -> Tensor:
+    """How far S shifts move K weights, after rounding: (S, K)."""
+    return torch.stack([value + shift for shift in shifts]).sub_(value)
