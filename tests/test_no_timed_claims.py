@@ -37,7 +37,7 @@ def statements(node):
 
 
 def bound(statement):
-    """Pairs of a target and what is bound to it: tuples by elements; what is put into a list or a dict, as bound to it."""
+    """Pairs of a target and what is bound to it: tuples by elements; what is put into a list counts too."""
     match statement:
         case ast.For(target, iterable):
             yield target, iterable
