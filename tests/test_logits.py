@@ -156,8 +156,8 @@ def test_losses_in_single_precision(net, shift):
 @pytest.mark.parametrize("net", ["convolutions", "deep", "three TTM"])
 def test_kinks_are_crossed_in_every_stage(net, crossed, no_probe, monkeypatch):
     """There are terms that cross, and without them the changes are wrong."""
-    monkeypatch.setattr(kinks.near, "__defaults__", (1.0,))
-    monkeypatch.setattr(logits, "NEAR", 1.0)
+    monkeypatch.setattr(kinks, "NEAR", 1.0)
+    monkeypatch.setattr(kinks, "DEEP", 1.0)
     model = made(net, "relu")
     first = next(name for name, parameter in model.named_parameters() if parameter.dim() > 1)
     question = dict(only=[first], directly=True)

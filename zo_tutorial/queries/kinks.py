@@ -24,8 +24,9 @@ from zo_tutorial.queries.sensitivity import matrix
 from zo_tutorial.queries.suffix import CACHE, Head, Suffix
 from zo_tutorial.queries.way import Unsuitable
 
-NEAR = 1 / 20  # the largest share of numbers near a kink
-MOVES = 2**22  # the most moves of such numbers to compute
+NEAR = 1 / 20  # the largest share of a stage's numbers near a kink
+DEEP = 1 / 6  # the same where there are several stages: then the other ways take longer
+MOVES = 2**23  # the most moves of such numbers to compute
 
 
 def kinks(call: Call) -> tuple[list[float], list[float]]:
@@ -154,16 +155,27 @@ class Crossing(NamedTuple):
     entries: Tensor  # those that move each one (K, T)
     rest: Tensor  # ζ for each of their steps (S, K, T)
 
+    def tables(self, steps: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Numbers and their ζ for all E entries, a row for each sample, filled up with zeros: (N, M), (N, M, S E)."""
+        slots, most = _slots(self.sample, samples)
+        rest = steps.new_zeros(len(slots), *steps.shape)
+        rest.scatter_(2, self.entries.unsqueeze(1).expand(-1, len(steps), -1), self.rest.transpose(0, 1))
+        rest = steps.new_zeros(samples * most, steps.numel()).index_copy_(0, slots, rest.flatten(1))
+        numbers = slots.new_zeros(samples * most).index_copy_(0, slots, self.number)
+        return numbers.view(samples, most), rest.view(samples, most, -1)
+
 
 def near(
-    stages: list[Stage], factors: tuple[int, int, int], reach: Tensor, share: float = NEAR
+    stages: list[Stage], factors: tuple[int, int, int], reach: Tensor, slack: float = 1
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """The numbers near a kink, stage by stage: sample and number (K,). None if they are more than a share of a stage's.
+    """The numbers near a kink, stage by stage: sample and number (K,). None if they are too many.
 
     Args:
         factors: of the layer's numbers (`jacobian`).
         reach: how far a step may move each of them in all groups, in the first samples (N, K).
+        slack: times the usual share of numbers.
     """
+    most = slack * (NEAR if len(stages) == 1 else DEEP)
     left, groups, right = factors
     reach, found = reach.view(-1, left, 1, right), []
     for k, stage in enumerate(stages):
@@ -175,14 +187,14 @@ def near(
         else:
             bound = stages[k - 1].bound(bound.flatten(0, 1)).view(groups, *distance.shape)
         sample, number = (distance <= bound.amax(0)).nonzero(as_tuple=True)
-        if len(sample) > share * distance.numel():
+        if len(sample) > most * distance.numel():
             return None
         found.append((sample, number))
     return found
 
 
 def crossings(
-    stages: list[Stage], jacobian: Jacobian, j: Tensor, reach: Tensor, steps: Tensor
+    stages: list[Stage], jacobian: Jacobian, j: Tensor, reach: Tensor, steps: Tensor, limit: float
 ) -> list[Crossing] | None:
     """Where entries cross a kink, stage by stage; None if too many numbers are near one.
 
@@ -190,12 +202,16 @@ def crossings(
         j: J (N, K, T).
         reach: how far a step may move each number behind the layer (N, K).
         steps: (S, E).
+        limit: bytes that may be used.
     """
     numbers = near(stages, jacobian.factors, reach)
     if numbers is None:
         return None
-    first, *later = (len(sample) for sample, _ in numbers)  # of which one group or all entries may move each
-    if (first // jacobian.factors[1] + sum(later)) * steps.numel() > MOVES:
+    if len(stages) == 1:
+        held = len(numbers[0][0]) / jacobian.factors[1]  # one group of entries moves each
+    else:
+        held = sum(_slots(sample, len(j))[1] * len(j) for sample, _ in numbers)
+    if held * steps.numel() > min(MOVES, limit / 8 / j.element_size()):
         return None
     found: list[Crossing] = []
     for stage, (sample, number) in zip(stages, numbers, strict=True):
@@ -219,13 +235,33 @@ def _moves(
     steps: Tensor,
 ) -> Tensor:
     """How far the steps of all entries move some numbers of the last stage: (S, K, E)."""
+    if not len(number):
+        return steps.new_zeros(len(steps), 0, steps.shape[1])
     g = j.new_zeros(len(number), last.before.shape[1])
     g[torch.arange(len(number), device=g.device), number] = 1
-    moves = steps.new_zeros(len(steps), len(number), steps.shape[1])
+    moves = steps.new_zeros(len(number), steps.numel())
     for before in reversed(crossed):
         g = before.stage.backward(g)  # (K, U), by φ(z)
-        rest = steps.new_zeros(*before.rest.shape[:2], steps.shape[1])
-        rest.scatter_(2, before.entries.expand(len(steps), -1, -1), before.rest)
-        moves += (g[:, before.number] * (sample.unsqueeze(1) == before.sample)) @ rest
+        if len(before.sample):
+            numbers, rest = before.tables(steps, len(j))
+            moves += _sample_by_sample(sample, g.gather(1, numbers[sample]), rest).flatten(1)
         g = g * before.stage.slope[sample]
-    return moves.add_((jacobian.arranged(g.unsqueeze(1)) @ j[sample]).flatten(1) * steps.unsqueeze(1))
+    straight = _sample_by_sample(sample, jacobian.arranged(g.unsqueeze(1)), j).flatten(1)  # (K, E)
+    return moves.view(-1, *steps.shape).addcmul_(straight.unsqueeze(1), steps).transpose(0, 1)
+
+
+def _slots(sample: Tensor, samples: int) -> tuple[Tensor, int]:
+    """Places for K numbers, their samples ascending, in a table with a row for each sample; and how long a row is."""
+    counts = sample.bincount(minlength=samples)
+    most = int(counts.max())
+    place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+    return sample * most + place, most
+
+
+def _sample_by_sample(sample: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left (K, R, P) times right[sample] (K, P, Q), in one product for each of N samples: (K, R, Q)."""
+    slots, most = _slots(sample, len(right))
+    left = left.view(len(slots), -1, right.shape[1])
+    table = left.new_zeros(len(right) * most, *left.shape[1:]).index_copy_(0, slots, left)
+    product = table.view(len(right), -1, right.shape[1]) @ right  # (N, most R, Q)
+    return product.view(len(table), left.shape[1], -1)[slots]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries.cross_entropy import CrossEntropy
 from zo_tutorial.queries.jacobian import CoreJacobian, Jacobian, UnitJacobian, WideJacobian
-from zo_tutorial.queries.kinks import NEAR, Crossing, Stage, crossings, near
+from zo_tutorial.queries.kinks import Crossing, Stage, crossings, near
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Recording, version
 from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, products, units_first
 from zo_tutorial.queries.suffix import Suffix
@@ -83,7 +83,7 @@ class Logits:
         self.products = products(layer) if isinstance(layer, TENSOR_LAYERS) else None
         self.stages: list[Stage] = []
         if suffix.cross_entropy is not None:
-            self.p, self.log_p = z.softmax(1), z.log_softmax(1)  # (N, C)
+            self.p = z.softmax(1)  # (N, C)
             equal = self.p.new_full((self.samples,), 1 / self.samples)
             self.shares = equal if cross_entropy.shares is None else cross_entropy.shares
             self.weights = self.shares.unsqueeze(1) * self.p
@@ -91,7 +91,7 @@ class Logits:
             # of o_c − Σ_k p_k o_k by o: (N, C, C)
             self.g = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) - self.p.unsqueeze(1)
             return
-        self.p, self.log_p, self.shares = behind.p, behind.log_p, behind.shares
+        self.p, self.shares = behind.p, behind.shares
         self.weights, self.chosen = behind.weights, behind.chosen
         if 8 * self.p.shape[1] * z.numel() * z.element_size() > limit:
             raise Unsuitable("the derivatives of all logits need too much memory")
@@ -127,7 +127,7 @@ class Logits:
             jacobian.form(some, j[some])
             if self.stages:
                 reach.append(jacobian.reach(j[some]) * largest)
-                if start == 0 and near(self.stages, jacobian.factors, reach[0][:FEW], 2 * NEAR) is None:
+                if start == 0 and near(self.stages, jacobian.factors, reach[0][:FEW], 2) is None:
                     return None
             torch.bmm(jacobian.arranged(self.g[some]), j[some], out=v[some])
             w = v[some].view(-1, steps.shape[1])  # (N C, E)
@@ -145,7 +145,7 @@ class Logits:
             cumulants.append(self._fourth(v, portion))
         changes = self._exactly(v, steps) if order is None else _summed(cumulants, steps)
         if self.stages:
-            found = crossings(self.stages, jacobian, j, torch.cat(reach), steps)
+            found = crossings(self.stages, jacobian, j, torch.cat(reach), steps, limit)
             if found is None:
                 return None
             self._cross(changes, found, v, steps)
@@ -186,8 +186,9 @@ class Logits:
         key, place = torch.cat(keys).unique(return_inverse=True)
         change = v.new_zeros(len(key), v.shape[1]).index_add_(0, place, torch.cat(logits))
         side, sample, e = key // (samples * size), key // size % samples, key % size
-        p = (steps[side, e].unsqueeze(1) * v[sample, :, e] + self.log_p[sample]).softmax(1)
-        terms = self.shares[sample] * (p * change.expm1()).sum(1).log1p() + (self.chosen[sample] * change).sum(1)
+        p = (steps[side, e].unsqueeze(1) * v[sample, :, e]).exp_().mul_(self.p[sample])  # but for its sum
+        gain = (p * change.expm1()).sum(1).div_(p.sum(1)).log1p_()
+        terms = self.shares[sample] * gain + (self.chosen[sample] * change).sum(1)
         changes.view(-1).index_add_(0, side * size + e, terms)
 
 
