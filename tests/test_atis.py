@@ -204,6 +204,28 @@ def test_synthetic_layout_and_skew(seed):
         assert (split.tokens == 1).float().sum() < 0.01 * (split.tokens > 0).sum()
 
 
+def test_synthetic_sentences_with_the_names_of_full_ones(files, tmp_path):
+    """Each sentence is the same but for words and tags that the full data do not know."""
+    own, full = atis.load("embedded"), atis.load("full", tmp_path)
+    data = atis.load("embedded", tmp_path, names="full")
+    assert data.source == "synthetic" and data[4:] == full[4:]
+    assert data.train.tokens.shape == (2000, full.train.tokens.shape[1])
+    length = data.train.tokens.shape[1] - 1
+    for index in range(50):
+        words, tags = atis.sentence(own, own.train, index)
+        known = [word if word in full.words else "<unk>" for word in words][:length]
+        assert atis.sentence(data, data.train, index) == (known, [t if t in full.tags else "UNK" for t in tags][:length])
+        intent = own.intents[own.train.intents[index]]
+        assert data.intents[data.train.intents[index]] == (intent if intent in full.intents else "UNK")
+
+
+def test_names_that_cannot_be_had(tmp_path, offline):
+    with pytest.raises(DataError, match="names 'mine' are unknown; allowed: own, full"):
+        atis.load("embedded", tmp_path, names="mine")
+    with pytest.raises(DataError, match="no ATIS in .* and the download failed"):
+        atis.load("embedded", tmp_path, names="full")
+
+
 def test_synthetic_parts_share_no_sentence():
     data = atis.load("embedded", seed=4)
     rows = torch.cat([split.tokens for split in data[1:4]])

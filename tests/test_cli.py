@@ -54,6 +54,9 @@ def test_the_record_and_the_checkpoint_lie_beside_each_other(elsewhere, capsys):
     assert record["seed"] == 7 and record["config"]["training"]["seed"] == 7
     assert main([*QUICK, "--out", "record.json", "--seed", "7", "--epochs", "1", "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
+    assert main([*QUICK, "--init", "record.ckpt", "--set", "optimizer.lr=0.", "--set", "pruning=null"]) == 0
+    started = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert started["test_accuracy"] == record["test_accuracy"] and len(started["init"]) == 64
 
 
 @pytest.mark.parametrize("path", ["configs/MNIST/TTM/FO.yml", "MNIST/TTM/FO.yml", "MNIST/TTM/FO"])
@@ -141,6 +144,8 @@ def test_a_run_has_one_thread_or_as_many_as_are_asked_for(monkeypatch, capsys, a
         ([*FC, "--data", "cifar"], "argument --data: invalid choice: 'cifar'"),
         ([*FC, "--seed", "-1"], "FO.yml: training.seed: should be greater than or equal to 0, not -1"),
         ([*FC, "--resume"], "--out FILE.json"),
+        ([*FC, "--init", "missing.ckpt"], "missing.ckpt: damaged, or no checkpoint: [Errno 2] No such file"),
+        ([*FC, "--set", "data.names=full"], "FO.yml: data.names: images have none; leave it at own"),
         ([*FC, "--out", "record.txt"], "record.txt: the record should be a file whose name ends in .json"),
         ([*FC, "--out", ""], "the record should be a file whose name ends in .json"),
         ([*FC, "--out", "nowhere/record.json"], "nowhere/record.json: the folder nowhere does not exist"),

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import Config, ExperimentError, load_config, load_record, run
-from zo_tutorial.experiments.checkpoint import load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from zo_tutorial.experiments.config import names, parse_overrides
 from zo_tutorial.experiments.first_order import FirstOrder
 from zo_tutorial.experiments.record import FIELDS, RESULTS
@@ -555,6 +555,67 @@ def test_a_damaged_checkpoint_is_refused(small, tmp_path):
     torch.save({"weights": torch.ones(3)}, checkpoint)
     with pytest.raises(ExperimentError, match=r"record\.ckpt: damaged, or no checkpoint"):
         run(load_config(small), out=out, resume=True, quiet=True)
+
+
+@pytest.fixture
+def trained(small, tmp_path):
+    """The checkpoint of a run, and the weights of its best epoch."""
+    run(load_config(small), out=tmp_path / "first.json", quiet=True)
+    path = tmp_path / "first.ckpt"
+    return path, torch.load(path, weights_only=True)["progress"]["best"]["model"]
+
+
+@pytest.mark.parametrize("method", ["FO", "SGD", "esti"])
+def test_a_run_starts_from_the_weights_of_another(small, trained, tmp_path, method):
+    """With lr 0 they stay; the record says where from, and a killed run goes on from there."""
+    first, weights = trained
+    stay = load_config(small, {"optimizer": METHODS[method] | {"lr": 0.0}, "pruning": None, "training.seed": 3})
+    record = run(stay, out=tmp_path / "second.json", init=first, quiet=True)
+    state = torch.load(tmp_path / "second.ckpt", weights_only=True)
+    assert all(torch.equal(value, state["model"][name]) for name, value in weights.items())
+    assert record["init"] == load_weights(first)[1] and load_record(tmp_path / "second.json") == record
+    assert "init" not in run(stay, quiet=True)
+    (tmp_path / "second.json").unlink()
+    assert without_seconds(run(stay, out=tmp_path / "second.json", init=first, resume=True, quiet=True)["curve"])
+    again = run(stay, out=tmp_path / "second.json", init=first, resume=True, quiet=True)  # finished
+    assert again["init"] == record["init"]
+    with pytest.raises(ExperimentError, match=r"second\.json: is the record of a run that started from other weights"):
+        run(stay, out=tmp_path / "second.json", resume=True, quiet=True)
+    (tmp_path / "second.json").unlink()
+    with pytest.raises(ExperimentError, match=r"second\.ckpt: belongs to another run: init is '\w+' there"):
+        run(stay, out=tmp_path / "second.json", resume=True, quiet=True)
+
+
+def test_pruning_scores_the_weights_that_a_run_starts_from(small, trained, tmp_path):
+    first, weights = trained
+    pruned = {"optimizer.lr": 0.0, "pruning": {"method": "magnitude", "target_ratio": 0.9}, "training.seed": 3}
+    run(load_config(small, pruned), out=tmp_path / "second.json", init=first, quiet=True)
+    state = torch.load(tmp_path / "second.ckpt", weights_only=True)
+    every = torch.cat([weights[name].abs().flatten() for name in state["masks"]])
+    kept = torch.cat([state["masks"][name].flatten() for name in state["masks"]])
+    assert every[kept].min() >= every[~kept].max() and 0.09 < kept.double().mean() < 0.11
+
+
+def test_weights_that_do_not_fit_are_refused(small, trained, tmp_path):
+    first, weights = trained
+    state = torch.load(first, weights_only=True)
+    hidden = weights["fc1.weight"].shape[0]
+    shape = rf"first\.ckpt: .* fit the model: fc1\.weight is \({hidden}, 784\) there and \({hidden + 1}, 784\) here"
+    missing = r"first\.ckpt: does not fit the model: fc1\.cores\.0 is not there"
+    cases = [({"model.hidden": hidden + 1}, shape), ({"model": {"name": "MNIST_TTM"}}, missing)]
+    for overrides, expected in cases:
+        with pytest.raises(ExperimentError, match=expected) as caught:
+            run(load_config(small, overrides), init=first, out=tmp_path / "second.json", quiet=True)
+        assert "\n" not in str(caught.value)
+    for path, content in [("no.ckpt", None), ("text.ckpt", b"weights"), ("cut.ckpt", first.read_bytes()[:-50])]:
+        if content is not None:
+            (tmp_path / path).write_bytes(content)
+        with pytest.raises(ExperimentError, match=rf"{path}: damaged, or no checkpoint: ."):
+            run(load_config(small), init=tmp_path / path, out=tmp_path / "second.json", quiet=True)
+    torch.save(state | {"progress": {"best": {"model": [1]}}}, tmp_path / "odd.ckpt")
+    with pytest.raises(ExperimentError, match=r"odd\.ckpt: damaged, or no checkpoint"):
+        run(load_config(small), init=tmp_path / "odd.ckpt", out=tmp_path / "second.json", quiet=True)
+    assert not list(tmp_path.glob("second*"))
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

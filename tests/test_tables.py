@@ -46,7 +46,7 @@ def test_every_table_of_the_package_is_valid_and_each_run_has_a_record_of_its_ow
 @pytest.mark.parametrize("name", [name for name in tables.table_names() if (tables.RECORDED / name).is_dir()])
 def test_the_recorded_runs_are_those_of_the_table(name):
     runs = load_table(name)
-    recorded = {path.name: load_record(path)["config_hash"] for path in (tables.RECORDED / name).iterdir()}
+    recorded = {path.name: load_record(path)["config_hash"] for path in (tables.RECORDED / name).glob("*.json")}
     assert recorded == {one.file: one.config.hash() for one in runs}
 
 
@@ -93,6 +93,40 @@ def test_a_run_that_was_cut_off_goes_on(table, tmp_path):
     (record,) = reproduce([one], out)
     whole = run(one.config, quiet=True)
     assert [point["loss"] for point in record["curve"]] == [point["loss"] for point in whole["curve"]]
+
+
+def test_rows_that_start_from_the_weights_of_a_run(table, tmp_path):
+    """The run is made once for each seed, first and as it is; the weights are those of its best epoch."""
+    begin = {
+        "model": {"name": "MNIST_FC"},
+        "optimizer": {"name": "FO", "lr": 0.01},
+        "training": {"epochs": 1, "max_steps": 3},
+        "data": {"source": "embedded"},
+    }
+    (tmp_path / "begin.yml").write_text(yaml.safe_dump(begin))
+    stay = {"config": "MNIST/FC/FO", "start": "begin.yml", "set": {"pruning": None, "optimizer.lr": 0.0}}
+    runs = table(rows=[stay | {"name": "stay"}, stay | {"name": "step", "set": {"pruning": None}}])
+    records = reproduce(runs, tmp_path / "out", jobs=2)
+    assert sorted(path.name for path in (tmp_path / "out" / "start").iterdir()) == [
+        f"begin_s{seed}.{kind}" for seed in (0, 1) for kind in ("ckpt", "json")
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["start", *sorted(one.file for one in runs)]
+    for seed, record in enumerate(records[:2]):
+        begun = load_record(tmp_path / "out" / "start" / f"begin_s{seed}.json")
+        assert record["test_accuracy"] == begun["test_accuracy"] != records[2 + seed]["test_accuracy"]
+        assert record["init"] == records[2 + seed]["init"]
+    # what is there is kept; where weights are wanted that are not there any more, their run is made again
+    (tmp_path / "out" / runs[0].file).unlink()
+    (tmp_path / "out" / "start" / "begin_s0.ckpt").unlink()
+    again = reproduce(runs, tmp_path / "out", jobs=1)
+    assert again[1:] == records[1:]
+    assert all(again[0][key] == records[0][key] for key in ("init", "queries", "test_accuracy"))
+    with pytest.raises(ExperimentError, match=r"stay_s0\.json: is a record of another start"):
+        reproduce([one._replace(start=None) for one in runs], tmp_path / "out")
+    (tmp_path / "out" / runs[0].file).unlink()
+    (tmp_path / "begin.yml").write_text(yaml.safe_dump(begin | {"model": {"name": "MNIST_FC", "hidden": 9}}))
+    (record,) = reproduce(load_table("small")[:1], tmp_path / "other", jobs=1)
+    assert "begin_s0.ckpt: does not fit the model: fc1.weight is (9, 784) there and (256, 784) here" in record
 
 
 def test_a_failure_is_told_and_the_other_runs_are_made(table, tmp_path, capsys):

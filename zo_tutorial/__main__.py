@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
             help="write the record there (else print it) and the checkpoint to FILE.ckpt; files that are there are "
             "never overwritten, except by --resume",
         )
+        add("--init", metavar="FILE.ckpt", help="start from the weights of another run, those of its best epoch")
         add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
     turn = commands.add_parser("run_tensors", allow_abbrev=False, help="train the encoder by all its configs in turn")
     turn.set_defaults(command=_run_tensors)
@@ -167,7 +168,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if command != arguments.name:
         raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
     with _threads(arguments.threads):
-        record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
+        places = {key: getattr(arguments, key) for key in ("root", "device", "out", "init", "resume")}
+        record = run(config, **places)
     print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 
 

@@ -32,6 +32,7 @@ PAD, UNKNOWN, SENTENCE = "<pad>", "<unk>", "<cls>"  # words 0, 1 and 2
 UNK, UNK_ID = "UNK", 0  # tag 0 and intent 0: no training sentence has it
 IGNORED = -100  # target at the sentence token and at padding; cross_entropy's default
 SYNTHETIC_SIZES = (2000, 250, 250)
+NAMES = ("own", "full")  # of words, tags and intents
 Sentence = tuple[list[str], list[str], str]  # words, tags, intent
 
 URL = "https://raw.githubusercontent.com/monologg/JointBERT/master/data/atis"
@@ -73,7 +74,9 @@ class ATIS(NamedTuple):
     intents: tuple[str, ...]
 
 
-def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int = 0) -> ATIS:
+def load(
+    source: str = "auto", root: str | os.PathLike | None = None, seed: int = 0, names: str = "own"
+) -> ATIS:
     """Load ATIS; sentences are in the files' order. Row length L: the longest training sentence + 1 (full: 46 + 1).
 
     A longer sentence in the other parts loses its end. The official files have none, 35 words being the longest there.
@@ -84,14 +87,19 @@ def load(source: str = "auto", root: str | os.PathLike | None = None, seed: int 
         root: the data folder, instead of $ZO_TUTORIAL_DATA or the cache folder. Its files may be one's own: they
             must be consistent and need not be the official ones.
         seed: of the synthetic corpus; full data do not depend on it.
+        names: "own", or "full": synthetic sentences with the ids, and the row length, of full ATIS, so that a model
+            that has learned them can go on with full ones. What full ATIS does not know is <unk> or UNK: 6 words and
+            the tag I-meal.
 
     Raises:
         DataError: there are no such data, or a file is damaged, which "auto" never passes over.
     """
+    if names not in NAMES:
+        raise DataError(f"names {names!r} are unknown; allowed: {', '.join(NAMES)}")
     files = files_of(source, root, find, download, "synthetic sentences instead of ATIS")
     if files:
         return _atis("full", [_read(files, part) for part in ("train", "dev", "test")])
-    return _atis("synthetic", _synthetic(seed))
+    return _atis("synthetic", _synthetic(seed), load("full", root) if names == "full" else None)
 
 
 def sentence(atis: ATIS, split: Split, index: int) -> tuple[list[str], list[str]]:
@@ -184,14 +192,16 @@ def _normalised(words: list[str]) -> list[str]:
     return ["0" if word.isdigit() else word for word in words]
 
 
-def _atis(source: str, parts: list[list[Sentence]]) -> ATIS:
-    """Number words, tags and intents by the first part, and encode all three."""
+def _atis(source: str, parts: list[list[Sentence]], like: ATIS | None = None) -> ATIS:
+    """Number words, tags and intents by the first part, or as others are, and encode all three parts."""
     found = [{word for words, _, _ in parts[0] for word in words}]
     found += [{tag for _, tags, _ in parts[0] for tag in tags}, {intent for _, _, intent in parts[0]}]
     special = [(PAD, UNKNOWN, SENTENCE), (UNK,), (UNK,)]
     names = [(*first, *sorted(others)) for first, others in zip(special, found, strict=True)]
-    ids = [{name: index for index, name in enumerate(each)} for each in names]
     length = 1 + max(len(words) for words, _, _ in parts[0])
+    if like is not None:
+        names, length = [like.words, like.tags, like.intents], like.train.tokens.shape[1]
+    ids = [{name: index for index, name in enumerate(each)} for each in names]
     train, validation, test = (_encode(part, length, *ids) for part in parts)
     return ATIS(source, train, validation, test, *names)
 

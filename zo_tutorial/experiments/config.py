@@ -70,6 +70,8 @@ def _quick(config: Config) -> dict:
     examples = EMBEDDED_TRAINING["sentences" if config.model.name == "Encoder" else "images"]
     epoch = -(-examples // config.training.batch_size)  # steps
     values = {"data.source": "embedded", "training.epochs": min(2, config.training.epochs)}
+    if config.data.names != "own":
+        values["data.names"] = "own"
     group = config.optimizer
     method = group.SCD if group.name == "mix" else group
     if method.name == "SCD":

@@ -30,6 +30,7 @@ FIELDS = (
     "machine",
     "commit",
 )
+# A run that started from other weights than random ones has their sha256 too, as `init`.
 # And what the best epoch got, as fractions: of MNIST the accuracies, of ATIS the metrics of
 # `zo_tutorial.experiments.metrics`, with those of the majority answer.
 RESULTS = {"MNIST": ("val_accuracy", "test_accuracy"), "ATIS": ("validation", "test", "baseline")}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
+from zo_tutorial.data.atis import NAMES
 from zo_tutorial.estimators import BASELINES, check_baseline
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
@@ -280,6 +281,11 @@ class Training(Group):
 class Data(Group):
     source: Literal["auto", "full", "embedded"] = Field("auto", description="see `load` of `zo_tutorial.data`")
     seed: int = Field(0, ge=0, description="of the split; not training.seed, so that all runs share one test set")
+    names: Annotated[str, In(NAMES)] = Field(
+        "own",
+        exclude_if=lambda names: names == "own",  # as above, for the hashes
+        description="of words, tags and intents; full: synthetic sentences numbered as full ATIS is",
+    )
 
 
 class Config(Group):

@@ -42,6 +42,9 @@ class Row(Group):
     set: dict = Field({}, description="values that differ from the config's, by dotted key")
     vary: dict[str, list] = Field({}, description="dotted keys, each with a list: a row of its own for each choice")
     seeds: Seeds | None = Field(None, description="none: the table's seeds")
+    start: str | None = Field(
+        None, description="a config of the package, run first as it is, with the same seed: its weights to start from"
+    )
 
 
 class Table(Group):
@@ -57,6 +60,7 @@ class Run(NamedTuple):
 
     row: str  # the name of its row
     config: Config
+    start: Config | None = None  # of the run whose weights it starts from
 
     @property
     def file(self) -> str:
@@ -96,7 +100,8 @@ def load_table(name: str, quick: bool = False, only: str = "") -> list[Run]:
                 overrides = {key: value for key, value in overrides.items() if key not in SET_BY_QUICK}
             seeds = table.seeds if row.seeds is None else row.seeds
             for seed in seeds[:1] if quick else seeds:
-                runs.append(Run(label, load_config(row.config, overrides | {"training.seed": seed}, quick)))
+                start = load_config(row.start, {"training.seed": seed}, quick) if row.start else None
+                runs.append(Run(label, load_config(row.config, overrides | {"training.seed": seed}, quick), start))
     found = [one for one in runs if only in one.row]
     if not found:
         raise ExperimentError(f"{name}: no row's name contains {only!r}; --list shows them")
@@ -116,25 +121,47 @@ def reproduce(
     Args:
         runs: of `load_table`.
         out: a folder, made if it is not there. A record that lies there already is taken as it is, and a run that was
-            cut off goes on from its checkpoint: so the same command goes on where it stopped.
+            cut off goes on from its checkpoint: so the same command goes on where it stopped. The folder `start` in it
+            has the runs whose weights others start from, with their checkpoints.
         root, device: as for `run`.
         jobs: processes, each with one thread; None: one for each processor core.
 
     Raises:
-        ExperimentError, DataError: a record in the folder that is another run's; data that cannot be had.
+        ExperimentError, DataError: a record in the folder that is another run's; data that cannot be had; a run that
+            failed and that others start from.
     """
     out = Path(os.path.expanduser(out))
+    waiting = [one.start for one in runs if one.start and not _finished(one, out)]
+    starts = {config.hash(): Run(config.name, config) for config in waiting}
+    for record in _made(list(starts.values()), out / "start", root, device, jobs, keep=True) if starts else ():
+        if isinstance(record, str):
+            raise ExperimentError(f"{out / 'start'}: {record}")
+    return _made(runs, out, root, device, jobs)
+
+
+def _made(runs: Sequence[Run], out: Path, root, device: str, jobs: int | None, keep: bool = False) -> list[dict | str]:
+    """`reproduce` of runs whose starts are there; `keep` their checkpoints."""
     out.mkdir(parents=True, exist_ok=True)
-    records: dict[int, dict | str] = {k: record for k, one in enumerate(runs) if (record := _finished(one, out))}
+    records: dict[int, dict | str] = {}
+    for k, one in enumerate(runs):
+        record = _finished(one, out)
+        if record and keep and not checkpoint_path(out / one.file).exists():
+            (out / one.file).unlink()  # a record without the weights that are wanted
+        elif record:
+            records[k] = record
     waiting = [k for k in range(len(runs)) if k not in records]
     epochs = sum(runs[k].config.training.epochs for k in waiting)
     with tqdm(total=epochs, desc=f"{len(runs)} runs", bar_format=BAR, disable=None) as bar:
         jobs = min(jobs or os.cpu_count() or 1, max(1, len(waiting)))
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch that do not run
         done = context.Value("q", 0)  # epochs
-        for model, source in {(runs[k].config.model.name, runs[k].config.data.source) for k in waiting}:
-            (atis if model == "Encoder" else mnist).load(source, root)  # downloads once, and fails here where it must
-        tasks = [(k, runs[k], out, root, device) for k in waiting]
+        for model, data in {(runs[k].config.model.name, runs[k].config.data) for k in waiting}:
+            # downloads once, and fails here where it must
+            if model == "Encoder":
+                atis.load(data.source, root, names=data.names)
+            else:
+                mnist.load(data.source, root)
+        tasks = [(k, runs[k], out, root, device, keep) for k in waiting]
         with context.Pool(jobs, _start, (done,)) as pool:  # left by an exception, it ends its processes
             results = pool.imap_unordered(_work, tasks)
             while waiting:
@@ -214,6 +241,8 @@ def _finished(one: Run, out: Path) -> dict | None:
     record = load_record(path)
     if record["config_hash"] != one.config.hash():
         raise ExperimentError(f"{path}: is a record of other values; move it, or choose another --out")
+    if ("init" in record) != (one.start is not None):
+        raise ExperimentError(f"{path}: is a record of another start; move it, or choose another --out")
     return record
 
 
@@ -227,7 +256,7 @@ def _start(done) -> None:
 
 
 def _work(task: tuple) -> tuple[int, dict | str]:
-    k, one, out, root, device = task
+    k, one, out, root, device, keep = task
     path, epochs = out / one.file, one.config.training.epochs
     seen = 0
 
@@ -237,9 +266,11 @@ def _work(task: tuple) -> tuple[int, dict | str]:
             _done.value += point["epoch"] - seen
         seen = point["epoch"]
 
+    init = one.start and checkpoint_path(out / "start" / Run(one.start.name, one.start).file)
     try:
-        record = run(one.config, root=root, device=device, out=path, resume=True, quiet=True, on_epoch=count)
-        checkpoint_path(path).unlink(missing_ok=True)  # a table keeps records only
+        record = run(one.config, root=root, device=device, out=path, init=init, resume=True, quiet=True, on_epoch=count)
+        if not keep:  # a table keeps records only
+            checkpoint_path(path).unlink(missing_ok=True)
         return k, record
     except (ExperimentError, DataError, OSError, FloatingPointError) as error:
         return k, str(error)

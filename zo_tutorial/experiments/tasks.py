@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from zo_tutorial import models
 from zo_tutorial.data import atis, mnist
 from zo_tutorial.experiments import schema
+from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.metrics import joint_metrics
 from zo_tutorial.experiments.schema import Config
 from zo_tutorial.models import Encoder
@@ -34,6 +35,8 @@ class Digits:
     loss = staticmethod(cross_entropy)
 
     def __init__(self, config: Config, root: str | Path | None, device: torch.device):
+        if config.data.names != "own":
+            raise ExperimentError(f"{config.file}: data.names: images have none; leave it at own")
         data = mnist.load(config.data.source, root, config.data.seed)
         self.config, self.source, self.name = config, data.source, f"{data.source} MNIST"
         self.train, self.validation, self.test = (mnist.Split(*(t.to(device) for t in part)) for part in data[1:])
@@ -73,7 +76,7 @@ class Sentences:
     """ATIS: an intent for each sentence and a slot tag for each of its words."""
 
     def __init__(self, config: Config, root: str | Path | None, device: torch.device):
-        self.data = atis.load(config.data.source, root, config.data.seed)
+        self.data = atis.load(config.data.source, root, config.data.seed, config.data.names)
         self.config, self.source = config, self.data.source
         self.name = "full ATIS" if self.source == "full" else "synthetic sentences in the format of ATIS"
         parts = (self.data.train, self.data.validation, self.data.test)

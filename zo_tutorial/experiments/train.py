@@ -14,10 +14,17 @@ from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from zo_tutorial import pruning
-from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from zo_tutorial.experiments.checkpoint import (
+    checkpoint_path,
+    finished_record,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    start_from,
+)
 from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
-from zo_tutorial.experiments.record import commit, load_record, machine, save_record, versions
+from zo_tutorial.experiments.record import commit, machine, save_record, versions
 from zo_tutorial.experiments.schema import FO, SCD, SGD, Config
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
@@ -34,6 +41,7 @@ def run(
     root: str | Path | None = None,
     device: str = "cpu",
     out: str | Path | None = None,
+    init: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
     checkpoint_seconds: float = 30.0,
@@ -49,6 +57,8 @@ def run(
         device: "cpu", "cuda", …
         out: FILE.json, to which the record is written. FILE.ckpt beside it is the checkpoint, written at the start,
             after every epoch and every `checkpoint_seconds`. Neither may exist, unless the run resumes.
+        init: FILE.ckpt of another run: the weights to start from, those of its best epoch, before any pruning. The
+            record then has their sha256 as `init`.
         resume: go on from the checkpoint; from the start if there is none yet. Where the record of this very config is
             there already, return it.
         quiet: no progress bar and no printed line.
@@ -60,7 +70,9 @@ def run(
     """
     say = (lambda line: None) if quiet else tqdm.write
     file = None if out is None else Path(os.path.expanduser(out))
-    finished = _check_files(config, file, resume)
+    start = None if init is None else Path(os.path.expanduser(init))
+    weights, digest = (None, None) if start is None else load_weights(start)
+    finished = finished_record(config.hash(), file, resume, digest)
     if finished:
         say(f"{file}: finished already")
         return finished
@@ -69,11 +81,14 @@ def run(
     sizes = {part: len(getattr(task, part)[0]) for part in ("train", "validation", "test")}
     say(f"data: {task.name}; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
     identity = config.flat() | {"data found": task.source, "device": str(place)}
+    identity |= {"init": digest} if digest else {}
     checkpoint = file and checkpoint_path(file)
     saved = load_checkpoint(checkpoint, identity) if resume and checkpoint and checkpoint.exists() else None
 
     with _blame(config, "model"):
         model = task.model(_generator(config, "weights")).to(place)
+    if start and weights:
+        start_from(model, weights, start)
     if saved:
         masks = saved["masks"] and {name: mask.to(place) for name, mask in saved["masks"].items()}
     else:
@@ -114,6 +129,7 @@ def run(
         "seconds": progress["seconds"],
         "best_epoch": progress["best"]["epoch"],
         **results,
+        **({"init": digest} if digest else {}),
         "curve": progress["curve"],
         "versions": versions(),
         "machine": machine(place),
@@ -317,27 +333,6 @@ def _scheduler(config: Config, optimizer, epoch_steps: int, steps: int) -> lr_sc
     if group.name == "step":
         return lr_scheduler.StepLR(optimizer, group.step_size * epoch_steps, group.gamma)
     return lr_scheduler.ExponentialLR(optimizer, group.gamma ** (1 / epoch_steps))
-
-
-def _check_files(config: Config, out: Path | None, resume: bool) -> dict | None:
-    """Raise ExperimentError where the run may not write; return the record of a run that is finished already."""
-    if out is None:
-        if resume:
-            raise ExperimentError("a run resumes from the checkpoint beside its record: say which, by --out FILE.json")
-        return None
-    if out.suffix != ".json" or out.is_dir():
-        raise ExperimentError(f"{out}: the record should be a file whose name ends in .json")
-    if not out.parent.is_dir():
-        raise ExperimentError(f"{out}: the folder {out.parent} does not exist")
-    if resume and out.exists():
-        record = load_record(out)
-        if record["config_hash"] != config.hash():
-            raise ExperimentError(f"{out}: is the record of another run, of {record['name']}")
-        return record
-    for path in () if resume else (out, checkpoint_path(out)):
-        if path.exists():
-            raise ExperimentError(f"{path}: exists already; resume that run, delete it or choose another record")
-    return None
 
 
 def _device(name: str) -> torch.device:
