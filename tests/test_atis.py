@@ -214,7 +214,8 @@ def test_synthetic_sentences_with_the_names_of_full_ones(files, tmp_path):
     for index in range(50):
         words, tags = atis.sentence(own, own.train, index)
         known = [word if word in full.words else "<unk>" for word in words][:length]
-        assert atis.sentence(data, data.train, index) == (known, [t if t in full.tags else "UNK" for t in tags][:length])
+        tags = [tag if tag in full.tags else "UNK" for tag in tags][:length]
+        assert atis.sentence(data, data.train, index) == (known, tags)
         intent = own.intents[own.train.intents[index]]
         assert data.intents[data.train.intents[index]] == (intent if intent in full.intents else "UNK")
 
@@ -222,7 +223,7 @@ def test_synthetic_sentences_with_the_names_of_full_ones(files, tmp_path):
 def test_names_that_cannot_be_had(tmp_path, offline):
     with pytest.raises(DataError, match="names 'mine' are unknown; allowed: own, full"):
         atis.load("embedded", tmp_path, names="mine")
-    with pytest.raises(DataError, match="no ATIS in .* and the download failed"):
+    with pytest.raises(DataError, match=r"no ATIS in .* and the download failed"):
         atis.load("embedded", tmp_path, names="full")
 
 
