@@ -79,7 +79,7 @@ def _quick(config: Config) -> dict:
         steps, skipped = QUICK_SCD[kind]
         sparsity = max(skipped, method.grad_sparsity)
     match group.name:
-        case "FO" | "SGD":
+        case "FO" | "forward_mode" | "SGD":
             values["training.max_steps"] = 2 * epoch
         case "SCD":
             values["training.max_steps"] = steps

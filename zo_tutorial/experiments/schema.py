@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError, core_schema
 
 from zo_tutorial.data.atis import NAMES
+from zo_tutorial.directions import DIRECTIONS
 from zo_tutorial.estimators import BASELINES, check_baseline
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
@@ -167,6 +168,25 @@ class FO(Group):
     beta_2: Share = Field(0.999, description="of torch.optim.Adam")
     eps: float = Field(1e-8, ge=0, description="of torch.optim.Adam")
     opt_layers_strs: LayerTypes = []
+    checkpointing: bool = Field(
+        False,
+        exclude_if=lambda checkpointing: not checkpointing,  # as above, for the hashes
+        description="run the blocks of the encoder again in the backward pass instead of keeping what they computed",
+    )
+
+
+class Forward(Group):
+    """Forward gradients: random directions as in SGD, with exact directional derivatives, weights and all seen."""
+
+    name: Literal["forward_mode"] = "forward_mode"
+    lr: LearningRate = Field(0.01, description="learning rate")
+    n_sample: int = Field(20, ge=1, description="directions a step, one pass each")
+    directions: Annotated[str, In(DIRECTIONS)] = Field("gaussian", description="distribution of the directions")
+    opt_layers_strs: LayerTypes = []
+    adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
+    beta_1: Share = Field(0.9, description="of torch.optim.Adam")
+    beta_2: Share = Field(0.98, description="of torch.optim.Adam")
+    eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
 
 
 class ZerothOrder(Group):
@@ -293,7 +313,7 @@ class Config(Group):
 
     model: FC | TTM | TT | CNN | Encoder = Field(discriminator="name")
     pruning: Pruning | None = Field(None, description="no group: nothing is removed")
-    optimizer: FO | SGD | SCD | Mix | Split = Field(discriminator="name")
+    optimizer: FO | Forward | SGD | SCD | Mix | Split = Field(discriminator="name")
     scheduler: Cosine | Step | Exponential | None = Field(None, discriminator="name", description="no group: lr stays")
     training: Training
     data: Data = Data()

@@ -24,14 +24,15 @@ from zo_tutorial.experiments.checkpoint import (
 )
 from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.first_order import FirstOrder
+from zo_tutorial.experiments.forward_mode import ForwardMode
 from zo_tutorial.experiments.record import commit, machine, save_record, versions
-from zo_tutorial.experiments.schema import FO, SCD, SGD, Config
+from zo_tutorial.experiments.schema import FO, SCD, SGD, Config, Forward
 from zo_tutorial.experiments.tasks import Task, task_of
 from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
 from zo_tutorial.optimizer.base import ZerothOrderOptimizer
 from zo_tutorial.selection import names_within, select_parameters
 
-METHODS = {"FO": FirstOrder, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
+METHODS = {"FO": FirstOrder, "forward_mode": ForwardMode, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
 BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
 
 
@@ -283,7 +284,7 @@ def _phases(
 ) -> list[_Phase]:
     """The optimiser and its scheduler; for mix and split two pairs, each scheduler over its own steps."""
     group, whole = config.optimizer, range(steps)
-    parts: list[tuple[str, FO | SGD | SCD, dict | None, range]]
+    parts: list[tuple[str, FO | Forward | SGD | SCD, dict | None, range]]
     if group.name == "mix":
         switch = min(steps, (group.switch_epoch - 1) * epoch_steps)
         parts = [("SGD", group.SGD, masks, range(switch)), ("SCD", group.SCD, masks, range(switch, steps))]
