@@ -106,6 +106,38 @@ def test_a_seed_makes_a_chip_and_another_seed_another_one():
     assert torch.equal(one, same) and not torch.allclose(one, other, atol=0.01)
 
 
+def test_a_chip_that_is_drawn_anew_is_another_one_of_the_same_make():
+    make = dict(offset=0.1, gain=0.05, crosstalk=0.02, bits=6)
+    first, second = (AnalogueLinear(photonic(), generator=generator(seed), **make) for seed in (5, 6))
+    commands = [parameter.clone() for parameter in first.parameters()]
+    first.redraw(generator(6))
+    assert all(map(torch.equal, first.buffers(), second.buffers()))
+    assert all(map(torch.equal, first.parameters(), commands))
+    ideal = AnalogueLinear(photonic())
+    ideal.redraw(generator(6))
+    torch.testing.assert_close(ideal.to_matrix(), AnalogueLinear(photonic()).to_matrix())
+
+
+def test_drift_is_a_random_walk_of_the_phases():
+    """The variance grows by spread² a call; gains and commands stay, and what the chip does changes."""
+    aged = AnalogueLinear(photonic(), offset=0.1, generator=generator(5)).double()
+    new, commands = [buffer.clone() for buffer in aged.buffers()], [p.clone() for p in aged.parameters()]
+    matrix, draws = aged.to_matrix().detach(), generator(1)
+    for calls in range(1, 401):
+        aged.drift(0.01, draws)
+        if calls in (1, 20, 400):  # χ² / K of K phases
+            ratio = (aged.offsets - new[0]).square().mean() / (0.01**2 * calls)
+            assert abs(ratio - 1) < 5 * (2 / len(aged.offsets)) ** 0.5 < 1
+    assert torch.equal(aged.slopes, new[1]) and torch.equal(aged.errors, new[2])
+    assert all(map(torch.equal, aged.parameters(), commands))
+    assert (aged.to_matrix() - matrix).abs().max() > 0.01
+    again = AnalogueLinear(photonic(), offset=0.1, generator=generator(5)).double()
+    draws = generator(1)
+    for _ in range(400):
+        again.drift(0.01, draws)
+    assert torch.equal(again.offsets, aged.offsets)
+
+
 def test_the_errors_are_no_state_to_be_copied_from_chip_to_chip():
     assert {name.split(".")[1] for name in chip(**ERRORS).state_dict()} == {"phases", "gains", "bias"}
 

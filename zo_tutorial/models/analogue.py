@@ -87,7 +87,8 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
         p = q + crosstalk · (q of the phase before + q of the one after)        a phase leaks into its neighbours
         realised phases = (1 + gain ε) p + offset δ,  realised gains = (1 + gain ε') gains
 
-    with ε, ε', δ standard normal, drawn once: the errors of manufacture of this chip.
+    with ε, ε', δ standard normal, drawn once: the errors of manufacture of this chip. `redraw` makes it another chip of
+    the same make, `drift` lets it age.
 
     Args:
         layer: the layer whose map the chip is set to. Without errors and rounding it computes this map.
@@ -127,15 +128,32 @@ class AnalogueLinear(TensorizedLinear_module_tonn):
         self.phases, self.gains = (nn.Parameter(torch.cat(parts)) for parts in (phases, gains))
         if self.bias is not None and layer.bias is not None:
             self.bias.data.copy_(layer.bias)
-        spreads = {"offsets": (offset, self.phases), "slopes": (gain, self.phases), "errors": (gain, self.gains)}
-        for name, (spread, like) in spreads.items():
-            self.register_buffer(name, spread * torch.randn(like.shape, generator=generator), persistent=False)
+        self.spreads = {"offsets": offset, "slopes": gain, "errors": gain}
+        for name in self.spreads:
+            like = self.gains if name == "errors" else self.phases
+            self.register_buffer(name, torch.zeros(like.shape), persistent=False)
+        self.redraw(generator)
         self.to(layer.cores[0])
 
     @classmethod
     def from_linear(cls, *args, **options) -> "AnalogueLinear":
         """An ideal chip, set to the layer that `from_linear` of the parent class finds."""
         return cls(TensorizedLinear_module_tonn.from_linear(*args, **options))
+
+    @torch.no_grad()
+    def redraw(self, generator: Generator | None = None) -> None:
+        """Another chip of the same make: new errors of manufacture. What it is told stays."""
+        for name, spread in self.spreads.items():
+            errors = getattr(self, name)
+            errors.copy_(spread * torch.randn(errors.shape, generator=generator))
+
+    @torch.no_grad()
+    def drift(self, spread: float, generator: Generator | None = None) -> None:
+        """Let every phase wander, as with temperature: offsets += spread · ξ with ξ standard normal, each time anew.
+
+        After T calls the offsets have moved by a standard deviation of spread · √T (radians).
+        """
+        self.offsets.add_((spread * torch.randn(self.offsets.shape, generator=generator)).to(self.offsets))
 
     def realised(self) -> tuple[Tensor, Tensor]:
         """The phases (radians) and the gains that the chip has when it is told `phases` and `gains`."""
