@@ -12,6 +12,8 @@ import nbformat
 import pytest
 import yaml
 
+from zo_tutorial.experiments.schema import Config
+
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(path.stem for path in BOOK.glob("[0-9][0-9]_*.ipynb"))
@@ -189,3 +191,11 @@ def test_two_figures_and_a_slider(chapter):
     sliders = ["zo-explore" in data.get("text/html", "") for data in shown]
     assert sum(sliders) >= 1
     assert sum("image/png" in data and not slider for data, slider in zip(shown, sliders, strict=True)) >= 2
+
+
+# The page of configs
+
+
+def test_the_page_of_configs_has_every_group_of_the_schema():
+    named = re.findall(r"```\{config-keys\} (\w+)", (BOOK / "configs.md").read_text())
+    assert sorted(named) == sorted(Config.model_json_schema()["$defs"])
