@@ -21,5 +21,6 @@ from zo_tutorial.queries.choice import QUERY_MODES
 from zo_tutorial.queries.cost import multiply_adds
 from zo_tutorial.queries.evaluation import call
 from zo_tutorial.queries.loss_queries import LossQueries
+from zo_tutorial.queries.shared import Along, Coordinates
 
-__all__ = ["QUERY_MODES", "LossQueries", "call", "multiply_adds"]
+__all__ = ["QUERY_MODES", "Along", "Coordinates", "LossQueries", "call", "multiply_adds"]
