@@ -194,10 +194,10 @@ def test_a_real_process_reports_an_error_without_traceback():
 INTERRUPTED = """
 import os, signal, sys
 from zo_tutorial.__main__ import main
-from zo_tutorial.experiments import train
+from zo_tutorial.experiments import outputs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
-save, saved = train.save_checkpoint, []
+save, saved = outputs.save_checkpoint, []
 
 def save_and_interrupt(*arguments):
     save(*arguments)
@@ -205,7 +205,7 @@ def save_and_interrupt(*arguments):
     if len(saved) == 2:  # the first is written at the start
         os.kill(os.getpid(), signal.SIGINT)
 
-train.save_checkpoint = save_and_interrupt
+outputs.save_checkpoint = save_and_interrupt
 sys.exit(main(sys.argv[1:]))
 """
 

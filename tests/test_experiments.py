@@ -311,14 +311,14 @@ def test_first_order_trains_the_chosen_layers_only(tmp_path):
 
 def test_first_order_steps_are_those_of_torch(small, tmp_path):
     """No pruning: the loop ends with the weights of a hand-written one on the same batches."""
-    from zo_tutorial.experiments.train import _generator
+    from zo_tutorial.experiments.phases import generator_of
 
     config = load_config(small, {"pruning": None, "training.epochs": 1, "optimizer.weight_decay": 0.01})
     run(config, out=tmp_path / "record.json", quiet=True)
     train = mnist.load("embedded").train
-    model = MNIST_FC(4, generator=_generator(config, "weights"))
+    model = MNIST_FC(4, generator=generator_of(config, "weights"))
     adam = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=0.01)
-    for batch in torch.randperm(4000, generator=_generator(config, "shuffle 1")).split(1000):
+    for batch in torch.randperm(4000, generator=generator_of(config, "shuffle 1")).split(1000):
         adam.zero_grad()
         torch.nn.functional.cross_entropy(model(train.images[batch]), train.labels[batch]).backward()
         adam.step()

@@ -144,7 +144,7 @@ class _Infinite:
 
 
 CASES["sign"] = (ZO_SCD_mask, {"grad_estimator": "sign"})
-APART = "RuntimeError: the workers do not agree at step "
+APART = "WorkersError: the workers do not agree at step "
 ERRORS = {
     "models": f"{APART}1: 'weight' of rank 1 is not that of rank 0",
     "generators": f"{APART}1: the seed of rank 1 is not that of rank 0",

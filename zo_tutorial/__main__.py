@@ -15,6 +15,7 @@ from zo_tutorial import bench, viz
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
+from zo_tutorial.workers import WorkerLost, WorkersError, joined, rank
 
 PROGRAM = "python -m zo_tutorial"
 MEASURES = {"MNIST": ["val_accuracy"], "ATIS": ["val_intent_accuracy", "val_slot_f1"]}  # what `plot` draws
@@ -41,22 +42,32 @@ def _run(argv: list[str] | None) -> int:
     except SystemExit as stopped:  # argparse has printed help, or a usage line and the error
         return int(stopped.code or 0)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: _warn(message)
         try:
             arguments.command(arguments)
             return 0
         except BrokenPipeError:
             raise
-        except (ExperimentError, DataError, OSError, FloatingPointError) as error:
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        except (ExperimentError, DataError, OSError, FloatingPointError, WorkersError) as error:
+            # of several workers the first one speaks for all, where it can
+            own = isinstance(error, DataError | OSError) or (rank() == 1 and isinstance(error, WorkerLost))
+            if rank() == 0 or own:
+                print(f"{PROGRAM}: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
+            if rank() > 0:
+                return 130
             out = getattr(arguments, "out", None)
             hint = f"the same command with --resume goes on from {out}" if out else "--out would have kept it"
             if hasattr(arguments, "jobs"):
                 hint = "the same command goes on where it stopped"
             print(f"{PROGRAM}: interrupted; {hint}", file=sys.stderr)
             return 130
+
+
+def _warn(message: Warning | str) -> None:
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,9 +177,10 @@ def _train(arguments: argparse.Namespace) -> None:
     command = "encoder" if config.model.name == "Encoder" else "mnist"
     if command != arguments.name:
         raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
-    with _threads(arguments.threads):
+    with _threads(arguments.threads), joined(arguments.device):
         record = run(config, root=arguments.root, device=arguments.device, out=arguments.out, resume=arguments.resume)
-    print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
+        if rank() == 0:
+            print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 
 
 def _overrides(values: dict, arguments: argparse.Namespace) -> dict:

@@ -5,7 +5,10 @@ each step all have the same parameters, bit for bit; `check` compares hashes of 
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,8 +18,42 @@ SHARES = ("queries", "batch")
 OFTEN = 128  # steps
 
 
-class WorkerLost(RuntimeError):
-    """A worker has gone, so that the others cannot go on."""
+class WorkersError(RuntimeError):
+    """The workers do not agree, or one of them cannot go on, and so the others cannot."""
+
+
+class WorkerLost(WorkersError):
+    """Another worker has gone."""
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """In the process group that torchrun says, if it started this process as one of several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    yield
+    dist.destroy_process_group()  # not where an error came: the others may wait for this one
+
+
+def rank() -> int:
+    """The number of this worker; 0 where there is no other."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def launched() -> str:
+    """What tells the processes of one torchrun, restarted or not, from those of another; "" without it."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run is None else f"{run}, process {os.getppid()} of {platform.node()}"
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after a worker was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def is_due(step: int) -> bool:
@@ -69,11 +106,30 @@ class Workers:
             total = total + part[0]
         return total
 
+    def told(self, find: Callable[[], bytes]) -> bytes:
+        """What the first worker finds, told to all. Where that fails, it raises its error, and the others WorkersError
+        with the same message."""
+        message, error = b"", None
+        if self.rank == 0:
+            try:
+                message = b"+" + find()
+            except Exception as failed:
+                message, error = b"-" + str(failed).encode(), failed
+        length = int(self.gather(torch.tensor([len(message)]), [1] * self.size)[0])
+        numbers = torch.frombuffer(bytearray(message or bytes(length)), dtype=torch.uint8).to(_device())
+        dist.broadcast(numbers, 0)
+        if error is not None:
+            raise error
+        message = numbers.cpu().numpy().tobytes()
+        if message[:1] == b"-":
+            raise WorkersError(message[1:].decode())
+        return message[1:]
+
     def check(self, step: int, known: dict[str, bytes]) -> None:
         """Compare what all workers should know alike, by hashes of 8 bytes each.
 
         Raises:
-            RuntimeError: a worker differs from the first; the message names step, what differs and the ranks. All
+            WorkersError: a worker differs from the first; the message names step, what differs and the ranks. All
                 workers raise it.
         """
         mine = torch.tensor([_hash("\n".join(known).encode()), *map(_hash, known.values())])
@@ -82,7 +138,7 @@ class Workers:
         for k, what in enumerate(["what is trained", *known]):
             ranks = [rank for rank, numbers in enumerate(theirs) if k >= len(numbers) or numbers[k] != theirs[0][k]]
             if ranks:
-                raise RuntimeError(
+                raise WorkersError(
                     f"the workers do not agree at step {step}: {what} of rank {', '.join(map(str, ranks))} is not that "
                     "of rank 0"
                 )

@@ -20,6 +20,7 @@ from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
 from zo_tutorial.optimizer.directions import KINDS
 from zo_tutorial.queries import QUERY_MODES
 from zo_tutorial.selection import LAYER_TYPES
+from zo_tutorial.workers import SHARES
 
 
 class Group(BaseModel):
@@ -176,6 +177,11 @@ class ZerothOrder(Group):
     beta_2: Share = Field(0.98, description="of torch.optim.Adam")
     eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
     query_mode: QueryMode = "auto"
+    share: Annotated[str, In(SHARES)] = Field(
+        "queries",
+        exclude_if=lambda share: share == "queries",
+        description="under torchrun: whether workers ask a part of the queries each, or all of a part of the batch",
+    )
 
 
 class SGD(ZerothOrder):

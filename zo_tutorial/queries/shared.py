@@ -23,7 +23,7 @@ from torch import Tensor
 from zo_tutorial.directions import Directions
 from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries.way import Index
-from zo_tutorial.workers import Workers, is_due
+from zo_tutorial.workers import Workers, WorkersError, is_due
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Sharing:
             step: its number.
 
         Raises:
-            RuntimeError: the workers have different losses at the same point.
+            WorkersError: the workers have different losses at the same point.
             WorkerLost: one of them has gone.
         """
         workers, keys = self.workers, _keys(units)
@@ -144,7 +144,7 @@ class Sharing:
         workers.bytes_sent += sum(lengths) * base.element_size()
         others = [rank for rank, part in enumerate(theirs) if not torch.equal(part[1], theirs[0][1])]
         if others:
-            raise RuntimeError(
+            raise WorkersError(
                 f"the workers do not agree at step {step}: the loss of rank {', '.join(map(str, others))} is "
                 f"{theirs[others[0]][1].item():.9g}, that of rank 0 {theirs[0][1].item():.9g}; all need the same "
                 "batch, weights and seeds, and a loss that repeats"
