@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from zo_tutorial import bench, viz
+from zo_tutorial.bench import scaling
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     others = "models of other kinds (resnet18, …) instead, all weights trained: is `auto` ever slower than the loop?"
     add("--others", action="store_true", help=others)
     add("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
+    add("--workers", type=int, metavar="N", help="instead: what N workers of one thread gain over one (torchrun)")
     _add_threads(add)
     add("--out", type=path, metavar="FILE.json", help="write the rows there; written anew if it is there")
     add("--plot", type=path, metavar="FILE.png", help="a bar chart; written anew if it is there")
@@ -268,6 +270,9 @@ def _save_picture(path: str, draw: Callable, **options) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.workers is not None:
+        _scaling(arguments)
+        return
     if arguments.plot:
         _check_picture(arguments.plot)
     peers = bench.installed() if arguments.peers else ()
@@ -285,6 +290,20 @@ def _bench(arguments: argparse.Namespace) -> None:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.plot:
         _save_picture(arguments.plot, lambda figure: bench.plot(rows, figure), figsize=(8.7, 3.8))
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 2:
+        raise ExperimentError(f"--workers {arguments.workers}: should be at least 2")
+    if arguments.out:
+        open(arguments.out, "ab").close()
+    before = os.getloadavg()[0]
+    rows = scaling.scaling(arguments.workers, arguments.quick)
+    print(scaling.table(rows))
+    loads = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
+    print(f"{os.cpu_count()} cores; mean number of processes that wanted one in the last minute: {loads}")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
