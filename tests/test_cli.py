@@ -144,7 +144,7 @@ def test_a_run_has_one_thread_or_as_many_as_are_asked_for(monkeypatch, capsys, a
         ([*FC, "--data", "cifar"], "argument --data: invalid choice: 'cifar'"),
         ([*FC, "--seed", "-1"], "FO.yml: training.seed: should be greater than or equal to 0, not -1"),
         ([*FC, "--resume"], "--out FILE.json"),
-        ([*FC, "--init", "missing.ckpt"], "missing.ckpt: damaged, or no checkpoint: [Errno 2] No such file"),
+        ([*FC, "--init", "missing.ckpt"], "missing.ckpt: cannot be read: No such file or directory"),
         ([*FC, "--set", "data.names=full"], "FO.yml: data.names: images have none; leave it at own"),
         ([*FC, "--out", "record.txt"], "record.txt: the record should be a file whose name ends in .json"),
         ([*FC, "--out", ""], "the record should be a file whose name ends in .json"),
@@ -199,10 +199,10 @@ def test_a_real_process_reports_an_error_without_traceback():
 INTERRUPTED = """
 import os, signal, sys
 from zo_tutorial.__main__ import main
-from zo_tutorial.experiments import train
+from zo_tutorial.experiments import outputs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
-save, saved = train.save_checkpoint, []
+save, saved = outputs.save_checkpoint, []
 
 def save_and_interrupt(*arguments):
     save(*arguments)
@@ -210,7 +210,7 @@ def save_and_interrupt(*arguments):
     if len(saved) == 2:  # the first is written at the start
         os.kill(os.getpid(), signal.SIGINT)
 
-train.save_checkpoint = save_and_interrupt
+outputs.save_checkpoint = save_and_interrupt
 sys.exit(main(sys.argv[1:]))
 """
 

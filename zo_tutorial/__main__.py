@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from zo_tutorial import bench, viz
+from zo_tutorial.bench import scaling
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
+from zo_tutorial.workers import WorkerLost, WorkersError, joined, rank
 
 PROGRAM = "python -m zo_tutorial"
 MEASURES = {"MNIST": ["val_accuracy"], "ATIS": ["val_intent_accuracy", "val_slot_f1"]}  # what `plot` draws
@@ -41,22 +43,32 @@ def _run(argv: list[str] | None) -> int:
     except SystemExit as stopped:  # argparse has printed help, or a usage line and the error
         return int(stopped.code or 0)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: _warn(message)
         try:
             arguments.command(arguments)
             return 0
         except BrokenPipeError:
             raise
-        except (ExperimentError, DataError, OSError, FloatingPointError) as error:
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        except (ExperimentError, DataError, OSError, FloatingPointError, WorkersError) as error:
+            # of several workers the first one speaks for all, where it can
+            own = isinstance(error, DataError | OSError) or (rank() == 1 and isinstance(error, WorkerLost))
+            if rank() == 0 or own:
+                print(f"{PROGRAM}: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
+            if rank() > 0:
+                return 130
             out = getattr(arguments, "out", None)
             hint = f"the same command with --resume goes on from {out}" if out else "--out would have kept it"
             if hasattr(arguments, "jobs"):
                 hint = "the same command goes on where it stopped"
             print(f"{PROGRAM}: interrupted; {hint}", file=sys.stderr)
             return 130
+
+
+def _warn(message: Warning | str) -> None:
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     others = "models of other kinds (resnet18, …) instead, all weights trained: is `auto` ever slower than the loop?"
     add("--others", action="store_true", help=others)
     add("--peers", action="store_true", help="public libraries too: pip install 'zo_tutorial[peers]'")
+    add("--workers", type=int, metavar="N", help="instead: what N workers of one thread gain over one (torchrun)")
     _add_threads(add)
     add("--out", type=path, metavar="FILE.json", help="write the rows there; written anew if it is there")
     add("--plot", type=path, metavar="FILE.png", help="a bar chart; written anew if it is there")
@@ -167,10 +180,11 @@ def _train(arguments: argparse.Namespace) -> None:
     command = "encoder" if config.model.name == "Encoder" else "mnist"
     if command != arguments.name:
         raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
-    with _threads(arguments.threads):
+    with _threads(arguments.threads), joined(arguments.device):
         places = {key: getattr(arguments, key) for key in ("root", "device", "out", "init", "resume")}
         record = run(config, **places)
-    print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
+        if rank() == 0:
+            print(f"record: {arguments.out}" if arguments.out else json.dumps(record))
 
 
 def _overrides(values: dict, arguments: argparse.Namespace) -> dict:
@@ -258,6 +272,9 @@ def _save_picture(path: str, draw: Callable, **options) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.workers is not None:
+        _scaling(arguments)
+        return
     if arguments.plot:
         _check_picture(arguments.plot)
     peers = bench.installed() if arguments.peers else ()
@@ -275,6 +292,20 @@ def _bench(arguments: argparse.Namespace) -> None:
         Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.plot:
         _save_picture(arguments.plot, lambda figure: bench.plot(rows, figure), figsize=(8.7, 3.8))
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 2:
+        raise ExperimentError(f"--workers {arguments.workers}: should be at least 2")
+    if arguments.out:
+        open(arguments.out, "ab").close()
+    before = os.getloadavg()[0]
+    rows = scaling.scaling(arguments.workers, arguments.quick)
+    print(scaling.table(rows))
+    loads = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
+    print(f"{os.cpu_count()} cores; mean number of processes that wanted one in the last minute: {loads}")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

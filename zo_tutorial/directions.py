@@ -5,6 +5,7 @@ whenever it is needed: n seeds stand for n directions of any length (chapter 9).
 """
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch import Generator, Tensor
@@ -23,6 +24,9 @@ class Directions:
     Args:
         generator: on whose device they are drawn; None is torch's global generator.
         room: bytes that the matrix may take. Where it does not fit, rows are drawn again; the numbers are the same.
+
+    Attributes:
+        bytes: that they take, if they are kept; of a part, those of the whole.
 
     Raises:
         ValueError: unknown kind; more than d orthogonal directions, or too many for the room.
@@ -45,6 +49,7 @@ class Directions:
             self.seeds = torch.randint(2**62, (n,), generator=generator, device=self.device).tolist()
             if fits:
                 self.matrix = torch.stack([torch.cat([piece for _, piece in self.pieces(i)]) for i in range(n)])
+        self.bytes = 0 if self.matrix is None else self.matrix.numel() * self.matrix.element_size()
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Directions":
@@ -61,7 +66,13 @@ class Directions:
 
     def part(self, start: int, stop: int) -> "Directions":
         """Some of the directions, as directions of their own."""
-        return Directions.of(self.rows(start, stop))
+        some = copy(self)
+        some.n = stop - start
+        if self.matrix is not None:
+            some.matrix = self.matrix[start:stop]
+        else:
+            some.seeds = self.seeds[start:stop]
+        return some
 
     def pieces(self, i: int) -> Iterator[tuple[int, Tensor]]:
         """The i-th direction in pieces: where each begins, and its numbers."""

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from zo_tutorial.experiments.errors import ExperimentError
-from zo_tutorial.experiments.schema import Config, Group
+from zo_tutorial.experiments.fields import Group
+from zo_tutorial.experiments.schema import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EMBEDDED_TRAINING = {"images": 4000, "sentences": 2000}  # of the embedded data, which every quick run uses

@@ -59,7 +59,7 @@ class FirstOrder(ZerothOrderOptimizer):
 
         Raises FloatingPointError where the loss is NaN or infinite.
         """
-        self.loss_queries.steps += 1
+        self.loss_queries.evaluation.steps += 1
         self.loss_queries.count += 1
         with seeded(self._seed()), torch.enable_grad(), checkpointed(self.blocks):
             outputs = call(self.model, inputs)

@@ -59,7 +59,7 @@ class ForwardMode(ZerothOrderOptimizer):
 
     @torch.no_grad()
     def _estimate_from(self, inputs: Any, targets: Any, closure: Callable | None) -> tuple:
-        self.loss_queries.steps += 1
+        self.loss_queries.evaluation.steps += 1
         index, seed = self.active(), self._seed()
         sizes = [len(kept) for kept in index.values()]
         u = Directions(self.n_sample, sum(sizes), self.directions, self.generator)
@@ -93,7 +93,7 @@ class ForwardMode(ZerothOrderOptimizer):
                 outputs = call(self.module, inputs)
                 loss, slope = forward_ad.unpack_dual(self.criterion(outputs, targets))
             if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()} at step {self.loss_queries.steps}")
+                raise FloatingPointError(f"the loss is {loss.item()} at step {self.loss_queries.evaluation.steps}")
             parts = outputs if isinstance(outputs, tuple) else (outputs,)
             parts = tuple(forward_ad.unpack_dual(part).primal for part in parts)
             return (parts if isinstance(outputs, tuple) else parts[0], loss), slope

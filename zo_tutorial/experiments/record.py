@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.files import replacing
 
 # What every record holds. `queries` are loss queries, `seconds` those spent in training steps; `curve` is a list of
 # {epoch, queries, seconds, loss, val_…}, with each metric on the validation part: one entry an epoch, and five within
@@ -35,12 +36,14 @@ FIELDS = (
 # `zo_tutorial.experiments.metrics`, with those of the majority answer.
 RESULTS = {"MNIST": ("val_accuracy", "test_accuracy"), "ATIS": ("validation", "test", "baseline")}
 
+# What a record of several workers holds too. `bytes_sent`: of losses, by all workers together.
+SHARED = ("workers", "share", "bytes_sent")
+
 
 def save_record(path: Path, record: dict) -> None:
     """Write a record under a temporary name and rename it, so that there is never half a record."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def load_record(path: str | Path) -> dict:

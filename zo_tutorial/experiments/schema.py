@@ -6,66 +6,21 @@ it builds: `optimizer` those of ZO_SGD_mask and ZO_SCD_mask, `model` those of th
 
 import hashlib
 import json
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import Field, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
 
 from zo_tutorial.data.atis import NAMES
 from zo_tutorial.directions import DIRECTIONS
 from zo_tutorial.estimators import BASELINES, check_baseline
+from zo_tutorial.experiments.fields import Group, In, LayerTypes, LearningRate, Number, Positive, QueryMode, Share
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
 from zo_tutorial.optimizer.directions import KINDS
-from zo_tutorial.queries import QUERY_MODES
-from zo_tutorial.selection import LAYER_TYPES
-
-
-class Group(BaseModel):
-    """A group of keys. An unknown key, or a value of another type, is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, values):
-        if not isinstance(values, dict):
-            raise PydanticCustomError("no_group", "should be a group of keys: {keys}", {"keys": _keys(cls)})
-        for key in values:
-            if key not in cls.model_fields:
-                context = {"key": key, "keys": _keys(cls)}
-                raise PydanticCustomError("unknown_key", "unknown key; allowed: {keys}", context)
-        return values
-
-
-def _keys(group: type[BaseModel]) -> str:
-    return ", ".join(group.model_fields)
-
-
-class In:
-    """A name out of some, as Literal has it, though they are listed elsewhere."""
-
-    def __init__(self, names: Iterable[str]):
-        self.names = list(names)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.literal_schema(self.names)
-
-
-# Limits that several groups share.
-LearningRate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]  # [0, 1)
-LayerTypes = Annotated[
-    list[Annotated[str, In(LAYER_TYPES)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(description="layer types that are trained, one name or a list of names; none named: all of these"),
-]
-Positive = Annotated[float, Field(gt=0)]
-Number = Annotated[float, Field(ge=0)]
-QueryMode = Annotated[str, In(QUERY_MODES), Field(description="how losses are evaluated; auto: the fastest valid way")]
+from zo_tutorial.workers import SHARES
 
 
 class FC(Group):
@@ -167,7 +122,7 @@ class FO(Group):
     beta_1: Share = Field(0.9, description="of torch.optim.Adam")
     beta_2: Share = Field(0.999, description="of torch.optim.Adam")
     eps: float = Field(1e-8, ge=0, description="of torch.optim.Adam")
-    opt_layers_strs: LayerTypes = []
+    opt_layers_strs: LayerTypes = Field([])
     checkpointing: bool = Field(
         False,
         exclude_if=lambda checkpointing: not checkpointing,  # as above, for the hashes
@@ -182,7 +137,7 @@ class Forward(Group):
     lr: LearningRate = Field(0.01, description="learning rate")
     n_sample: int = Field(20, ge=1, description="directions a step, one pass each")
     directions: Annotated[str, In(DIRECTIONS)] = Field("gaussian", description="distribution of the directions")
-    opt_layers_strs: LayerTypes = []
+    opt_layers_strs: LayerTypes = Field([])
     adam: bool = Field(False, description="torch.optim.Adam instead of torch.optim.SGD")
     beta_1: Share = Field(0.9, description="of torch.optim.Adam")
     beta_2: Share = Field(0.98, description="of torch.optim.Adam")
@@ -197,6 +152,11 @@ class ZerothOrder(Group):
     beta_2: Share = Field(0.98, description="of torch.optim.Adam")
     eps: float = Field(1e-6, ge=0, description="of torch.optim.Adam")
     query_mode: QueryMode = "auto"
+    share: Annotated[str, In(SHARES)] = Field(
+        "queries",
+        exclude_if=lambda share: share == "queries",
+        description="under torchrun: whether workers ask a part of the queries each, or all of a part of the batch",
+    )
 
 
 class SGD(ZerothOrder):
@@ -208,7 +168,7 @@ class SGD(ZerothOrder):
     n_sample: int = Field(20, ge=1, description="directions a step")
     signSGD: bool = Field(False, description="step along the sign of the estimate")
     layer_by_layer: bool = Field(False, description="perturb one layer at a time, with n_sample directions each")
-    opt_layers_strs: LayerTypes = []
+    opt_layers_strs: LayerTypes = Field([])
     two_sided: bool = Field(True, description="2·n_sample + 1 queries a step, not n_sample + 1")
     baseline: Annotated[str, In(BASELINES)] = Field(
         "unperturbed",
@@ -236,7 +196,7 @@ class SCD(ZerothOrder):
     grad_sparsity: float = Field(0.1, ge=0, le=1, description="probability that a coordinate is skipped in a step")
     h_smooth: float = Field(0.001, gt=0, description="finite-difference step of esti")
     grad_estimator: Annotated[str, In(GRAD_ESTIMATORS)] = Field("sign", description="what is asked for each coordinate")
-    opt_layers_strs: LayerTypes = []
+    opt_layers_strs: LayerTypes = Field([])
     STP: bool = Field(True, description="stochastic three points in sign and batch, two-sided differences in esti")
     momentum: float = Field(0.0, ge=0, description="of torch.optim.SGD; not for sign")
     weight_decay: float = Field(0.0, ge=0, description="of torch.optim.SGD and Adam; not for sign")

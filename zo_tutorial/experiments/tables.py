@@ -23,8 +23,9 @@ from zo_tutorial.data import DataError, atis, mnist
 from zo_tutorial.experiments.checkpoint import checkpoint_path
 from zo_tutorial.experiments.config import explain, load_config, read_yaml
 from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.fields import Group
 from zo_tutorial.experiments.record import load_record
-from zo_tutorial.experiments.schema import Config, Group
+from zo_tutorial.experiments.schema import Config
 from zo_tutorial.experiments.train import run
 
 TABLES = Path(__file__).parent.parent / "tables"

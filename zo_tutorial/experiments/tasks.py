@@ -72,8 +72,25 @@ class Digits:
         return f"test {results['test_accuracy']:.2%}, validation {results['val_accuracy']:.2%}"
 
 
+class JointLoss:
+    """Cross-entropy of the intents plus that of the tags, the mean over all words of the batch."""
+
+    def __call__(self, outputs: tuple, targets: tuple) -> Tensor:
+        (intents, tags), (intent_targets, tag_targets) = outputs, targets
+        return cross_entropy(intents, intent_targets) + cross_entropy(tags.flatten(0, 1), tag_targets.flatten())
+
+    def of_part(self, outputs: tuple, targets: tuple, whole: tuple) -> Tensor:
+        """What some sentences add to the loss of a batch: for workers that share it."""
+        (intents, tags), (intent_targets, tag_targets) = outputs, targets
+        words = int((whole[1] != atis.IGNORED).sum())
+        of_intents = cross_entropy(intents, intent_targets, reduction="sum") / len(whole[0])
+        return of_intents + cross_entropy(tags.flatten(0, 1), tag_targets.flatten(), reduction="sum") / words
+
+
 class Sentences:
     """ATIS: an intent for each sentence and a slot tag for each of its words."""
+
+    loss = JointLoss()
 
     def __init__(self, config: Config, root: str | Path | None, device: torch.device):
         self.data = atis.load(config.data.source, root, config.data.seed, config.data.names)
@@ -120,12 +137,6 @@ class Sentences:
         tokens = part.tokens[index]
         length = int((tokens != 0).sum(1).max())
         return tokens[:, :length], (part.intents[index], part.slots[index, :length])
-
-    @staticmethod
-    def loss(outputs: tuple, targets: tuple) -> Tensor:
-        """Cross-entropy of the intents plus that of the tags, the mean over all words of the batch."""
-        (intents, tags), (intent_targets, tag_targets) = outputs, targets
-        return cross_entropy(intents, intent_targets) + cross_entropy(tags.flatten(0, 1), tag_targets.flatten())
 
     def sample(self, per_class: int, generator: Generator) -> tuple:
         """Training sentences, at most so many of each intent, for the scores of pruning."""

@@ -1,38 +1,23 @@
 """One experiment from its config to its record: one loop for first-order and zeroth-order training."""
 
-import hashlib
-import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from zo_tutorial import pruning
-from zo_tutorial.experiments.checkpoint import (
-    checkpoint_path,
-    finished_record,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    start_from,
-)
 from zo_tutorial.experiments.errors import ExperimentError
-from zo_tutorial.experiments.first_order import FirstOrder
-from zo_tutorial.experiments.forward_mode import ForwardMode
-from zo_tutorial.experiments.record import commit, machine, save_record, versions
-from zo_tutorial.experiments.schema import FO, SCD, SGD, Config, Forward
+from zo_tutorial.experiments.outputs import outputs
+from zo_tutorial.experiments.phases import Phase, blame, generator_of, phases_of
+from zo_tutorial.experiments.record import commit, machine, versions
+from zo_tutorial.experiments.schema import Config
 from zo_tutorial.experiments.tasks import Task, task_of
-from zo_tutorial.optimizer import ZO_SCD_mask, ZO_SGD_mask
-from zo_tutorial.optimizer.base import ZerothOrderOptimizer
-from zo_tutorial.selection import names_within, select_parameters
+from zo_tutorial.workers import Workers
 
-METHODS = {"FO": FirstOrder, "forward_mode": ForwardMode, "SGD": ZO_SGD_mask, "SCD": ZO_SCD_mask}
 BAR = "{desc} |{bar:16}| step {n}/{total}, {elapsed}<{remaining}{postfix}"  # of tqdm
 
 
@@ -68,28 +53,28 @@ def run(
     Raises:
         ExperimentError, DataError: a config, file or data that cannot be used; raised before anything is written.
         FloatingPointError: the loss became NaN or infinite.
+        WorkersError: of several workers, in whose process group this runs, one was lost, or they do not agree.
     """
+    workers = Workers.present()
+    quiet = quiet or (workers is not None and workers.rank > 0)
     say = (lambda line: None) if quiet else tqdm.write
-    file = None if out is None else Path(os.path.expanduser(out))
-    start = None if init is None else Path(os.path.expanduser(init))
-    weights, digest = (None, None) if start is None else load_weights(start)
-    finished = finished_record(config.hash(), file, resume, digest)
-    if finished:
-        say(f"{file}: finished already")
-        return finished
-    place = _device(device)
-    task = task_of(config, root, place)
+    with outputs(config, out, init, resume, workers) as files:
+        if files.finished:
+            say(f"{files.file}: finished already")
+            return files.finished
+        return _run(config, files, root, _device(device), quiet, say, checkpoint_seconds, on_epoch)
+
+
+def _run(config, files, root, place, quiet, say, checkpoint_seconds, on_epoch) -> dict:
+    task, workers = _task(config, root, place, files.workers), files.workers
     sizes = {part: len(getattr(task, part)[0]) for part in ("train", "validation", "test")}
     say(f"data: {task.name}; " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()))
-    identity = config.flat() | {"data found": task.source, "device": str(place)}
-    identity |= {"init": digest} if digest else {}
-    checkpoint = file and checkpoint_path(file)
-    saved = load_checkpoint(checkpoint, identity) if resume and checkpoint and checkpoint.exists() else None
-
-    with _blame(config, "model"):
-        model = task.model(_generator(config, "weights")).to(place)
-    if start and weights:
-        start_from(model, weights, start)
+    identity = config.flat() | {"data found": task.source, "device": place.type}
+    identity |= {"init": files.digest} if files.digest else {}
+    saved = files.saved(identity)
+    with blame(config, "model"):
+        model = task.model(generator_of(config, "weights")).to(place)
+    files.begin(model)
     if saved:
         masks = saved["masks"] and {name: mask.to(place) for name, mask in saved["masks"].items()}
     else:
@@ -97,7 +82,7 @@ def run(
     epoch_steps = -(-sizes["train"] // config.training.batch_size)
     steps = config.training.epochs * epoch_steps
     steps = min(steps, config.training.max_steps or steps)
-    phases = _phases(config, model, task.loss, masks, epoch_steps, steps)
+    phases = phases_of(config, model, task.loss, masks, epoch_steps, steps)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "examples": 0, "curve": []}
     progress["best"] = {"score": -1.0}
     if saved:
@@ -109,10 +94,9 @@ def run(
         say(f"going on after step {progress['step']:,} of {steps:,}")
 
     def save():
-        if checkpoint:
-            states = [{"optimizer": p.optimizer.state_dict(), "scheduler": p.scheduler.state_dict()} for p in phases]
-            state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
-            save_checkpoint(checkpoint, state | {"progress": progress})
+        states = [{"optimizer": p.optimizer.state_dict(), "scheduler": p.scheduler.state_dict()} for p in phases]
+        state = {"identity": identity, "masks": masks, "model": model.state_dict(), "phases": states}
+        files.save(state | {"progress": progress})
 
     _train(config, task, model, phases, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch)
     model.load_state_dict(progress["best"]["model"])
@@ -130,19 +114,45 @@ def run(
         "seconds": progress["seconds"],
         "best_epoch": progress["best"]["epoch"],
         **results,
-        **({"init": digest} if digest else {}),
+        **({"init": files.digest} if files.digest else {}),
         "curve": progress["curve"],
         "versions": versions(),
         "machine": machine(place),
         "commit": commit(),
-    }
-    if file:
-        save_record(file, record)
+    } | _shared(workers, phases)
+    record = files.write(record)
     say(
         f"{config.name}: {task.outcome(results)} (epoch {record['best_epoch']}), "
         f"{record['trained_parameters']:,} trained parameters, {record['queries']:,} queries, {record['seconds']:.1f} s"
     )
+    if workers:
+        say(f"{workers.size} workers shared {record['share']}, and sent {record['bytes_sent']:,} bytes")
     return record
+
+
+def _task(config: Config, root: str | Path | None, place: torch.device, workers: Workers | None) -> Task:
+    """The problem, with its data. The first worker is the first to load them, for they may have to be downloaded."""
+    found: list[Task] = []
+
+    def load() -> bytes:
+        found.append(task_of(config, root, place))
+        return b""
+
+    if workers is not None:
+        workers.told(load)
+    if not found:
+        load()
+    return found[0]
+
+
+def _shared(workers: Workers | None, phases: list[Phase]) -> dict[str, Any]:
+    """What a record of several workers holds too."""
+    if workers is None:
+        return {}
+    queries = [phase.optimizer.loss_queries for phase in phases]
+    shares = dict.fromkeys("queries" if one.sharing is not None else "batch" for one in queries)
+    sent = sum(one.workers.bytes_sent for one in queries if one.workers is not None)
+    return {"workers": workers.size, "share": " and ".join(shares), "bytes_sent": sent}
 
 
 def _measure(task: Task, model: nn.Module, part: Any) -> dict[str, float]:
@@ -153,15 +163,6 @@ def _measure(task: Task, model: nn.Module, part: Any) -> dict[str, float]:
         metrics = task.measure(model, part)
     model.train(training)
     return metrics
-
-
-class _Phase(NamedTuple):
-    """An optimiser with its scheduler, and the steps that it takes part in: mix has one phase after the other, split
-    two side by side."""
-
-    optimizer: ZerothOrderOptimizer
-    scheduler: lr_scheduler.LRScheduler
-    steps: range
 
 
 def _train(config, task, model, phases, progress, steps, save, checkpoint_seconds, quiet, say, on_epoch) -> None:
@@ -189,7 +190,7 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
     first = progress["step"] // epoch_steps + 1 if progress["step"] < steps else epochs + 1
     for epoch in range(first, epochs + 1):
         before = (epoch - 1) * epoch_steps
-        batches = task.batches(config.training.batch_size, _generator(config, f"shuffle {epoch}"))[: steps - before]
+        batches = task.batches(config.training.batch_size, generator_of(config, f"shuffle {epoch}"))[: steps - before]
         done = progress["step"] - before
         active = [phase for phase in phases if before in phase.steps]
         title, off = f"epoch {epoch}/{epochs}", quiet or None
@@ -236,39 +237,24 @@ def _validated(point: dict) -> str:
     return "validation " + ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
 
 
-def _queries(phases: list[_Phase]) -> int:
+def _queries(phases: list[Phase]) -> int:
     return sum(phase.optimizer.queries for phase in phases)
-
-
-def _generator(config: Config, purpose: str) -> torch.Generator:
-    """A generator of its own for each purpose, so that no draw depends on how often another one draws."""
-    digest = hashlib.sha256(f"{config.training.seed} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-
-@contextmanager
-def _blame(config: Config, group: str):
-    """Name file and group in an error about values that are each allowed, but not together."""
-    try:
-        yield
-    except ValueError as error:
-        raise ExperimentError(f"{config.file}: {group}: {error}") from error
 
 
 def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
     """The masks, with the removed weights of `model` set to zero; None without pruning."""
     if config.pruning is None:
         return None
-    group, generator = config.pruning, _generator(config, "pruning")
+    group, generator = config.pruning, generator_of(config, "pruning")
     ratio, modules = group.target_ratio, group.modules
-    with _blame(config, "pruning"):
+    with blame(config, "pruning"):
         if group.method == "magnitude":
             masks = pruning.magnitude(model, ratio, modules)
         elif group.method == "random":
             masks = pruning.random(model, ratio, generator, modules)
         else:
             inputs, targets = task.sample(group.per_class, generator)
-            seed = _generator(config, "pruning dropout").initial_seed()
+            seed = generator_of(config, "pruning dropout").initial_seed()
             if group.method == "snip":
                 masks = pruning.snip(model, task.loss, inputs, targets, ratio, modules, seed=seed)
             else:
@@ -277,63 +263,6 @@ def _prune(config: Config, model: nn.Module, task: Task) -> dict[str, Tensor] | 
             masks = pruning.shuffle(masks, generator)
     pruning.apply_masks(model, masks)
     return masks
-
-
-def _phases(
-    config: Config, model: nn.Module, criterion: Callable, masks: dict | None, epoch_steps: int, steps: int
-) -> list[_Phase]:
-    """The optimiser and its scheduler; for mix and split two pairs, each scheduler over its own steps."""
-    group, whole = config.optimizer, range(steps)
-    parts: list[tuple[str, FO | Forward | SGD | SCD, dict | None, range]]
-    if group.name == "mix":
-        switch = min(steps, (group.switch_epoch - 1) * epoch_steps)
-        parts = [("SGD", group.SGD, masks, range(switch)), ("SCD", group.SCD, masks, range(switch, steps))]
-    elif group.name == "split":
-        parts = []
-        for purpose, part in (("heads", group.heads), ("body", group.body)):
-            with _blame(config, f"optimizer: {purpose}"):
-                chosen = select_parameters(model, part.method.opt_layers_strs).trained
-                parts.append((purpose, part.method, _within(model, chosen, masks, part.modules), whole))
-    else:
-        parts = [(group.name, group, masks, whole)]
-    phases = []
-    for purpose, method, kept, taken in parts:
-        options = method.model_dump(exclude={"name"})
-        with _blame(config, "optimizer"):
-            generator = _generator(config, f"optimizer {purpose}")
-            optimizer = METHODS[method.name](model, criterion, kept, **options, generator=generator)
-        phases.append(_Phase(optimizer, _scheduler(config, optimizer, epoch_steps, len(taken)), taken))
-    if group.name == "split":
-        both = phases[0].optimizer.trained.keys() & phases[1].optimizer.trained.keys()
-        if both:
-            raise ExperimentError(f"{config.file}: optimizer: heads and body both train {', '.join(sorted(both))}")
-    return phases
-
-
-def _within(
-    model: nn.Module, chosen: dict[str, Tensor], masks: dict[str, Tensor] | None, modules: list[str]
-) -> dict[str, Tensor]:
-    """Masks of the chosen parameters with nothing kept outside of some modules.
-
-    Raises ValueError for a name that is none of the model's.
-    """
-    inside, kept = names_within(model, modules), {}
-    for name, parameter in chosen.items():
-        whole = torch.full_like(parameter, name in inside, dtype=torch.bool)
-        kept[name] = (masks or {}).get(name, whole) & whole
-    return kept
-
-
-def _scheduler(config: Config, optimizer, epoch_steps: int, steps: int) -> lr_scheduler.LRScheduler:
-    """A scheduler that is stepped once a training step."""
-    group = config.scheduler
-    if group is None:
-        return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    if group.name == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), group.eta_min)
-    if group.name == "step":
-        return lr_scheduler.StepLR(optimizer, group.step_size * epoch_steps, group.gamma)
-    return lr_scheduler.ExponentialLR(optimizer, group.gamma ** (1 / epoch_steps))
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.selection import Layers, Parameters, kept_positions, layer_of, names_of, select_parameters
+from zo_tutorial.workers import SHARES, Workers
 
 Rule = Callable[..., torch.optim.Optimizer]  # makes an update rule: rule(parameters, lr=lr)
 
@@ -54,7 +55,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         generator: torch.Generator | None,
         query_mode: str,
         memory: float = 512,
+        share: str = "queries",
     ):
+        if share not in SHARES:
+            raise ValueError(f"share {share!r} is unknown; choose one of {', '.join(SHARES)}")
         selected, self.left_out, groups = select_parameters(model, opt_layers_strs, parameters)
         known: dict[str, Tensor] = dict(model.named_parameters()) if isinstance(model, nn.Module) else selected
         self.masks = masks
@@ -66,7 +70,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.generator = generator
-        self.loss_queries = LossQueries(model, criterion, self.trained, query_mode, memory)
+        self.loss_queries = LossQueries(model, criterion, self.trained, query_mode, memory, Workers.present(), share)
         for group in groups:
             group["params"] = [self.trained[name] for name in group["params"] if name in self.trained]
         made = rule(groups, lr=lr)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from zo_tutorial.estimators import finite_difference, three_point_sign, two_point_sign
 from zo_tutorial.optimizer.base import ABSENT, Rule, ZerothOrderOptimizer, torch_rule
+from zo_tutorial.queries import Coordinates
 from zo_tutorial.selection import Layers, Parameters, chosen_positions
+from zo_tutorial.workers import Workers
 
 GRAD_ESTIMATORS = ("sign", "batch", "esti")
 
@@ -31,7 +33,8 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     three.
 
     Args:
-        model, criterion, masks, opt_layers_strs, rule, parameters, generator, query_mode, memory: as for `ZO_SGD_mask`.
+        model, criterion, masks, opt_layers_strs, rule, parameters, generator, query_mode, memory, share: as for
+            `ZO_SGD_mask`; sign can share the batch only.
         lr: learning rate η; 0 is legal.
         grad_sparsity: probability that a trained coordinate is skipped in a step.
         h_smooth: finite-difference step h of esti.
@@ -66,6 +69,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         *,
         rule: Rule | None = None, parameters: Parameters | None = None,
         generator: torch.Generator | None = None, query_mode: str = "auto", memory: float = 512,
+        share: str = "queries",
     ):  # fmt: skip
         if grad_estimator not in GRAD_ESTIMATORS:
             raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose from {', '.join(GRAD_ESTIMATORS)}")
@@ -77,10 +81,14 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
             raise ValueError(
                 "grad_estimator 'sign' moves weights itself: no momentum, weight_decay, dampening, adam or rule"
             )
+        if grad_estimator == "sign" and share == "queries" and Workers.present():
+            raise ValueError("grad_estimator 'sign' asks one query after the other, so workers need share='batch'")
         self.grad_sparsity, self.h_smooth = grad_sparsity, h_smooth
         self.grad_estimator, self.STP = grad_estimator, STP
         made = torch_rule(rule, adam, (beta_1, beta_2), eps, momentum, weight_decay, dampening)
-        super().__init__(model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory)
+        super().__init__(
+            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory, share
+        )
 
     def step(  # type: ignore[override]  # as in the parent class
         self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None
@@ -96,14 +104,16 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     def _add_estimate(self, loss: Tensor) -> None:
         if self.grad_estimator == "sign":
             raise ValueError("grad_estimator 'sign' moves weights itself, it has no estimate to update from: use step")
-        for name, kept in self._choose().items():
-            positions = chosen_positions(self.index[name], kept)
-            if len(positions) == len(kept):
-                estimate = self._estimate(name, positions, loss)
-            else:
+        chosen = self._choose()
+        rounds = {name: self._round(name, chosen_positions(self.index[name], kept)) for name, kept in chosen.items()}
+        rounds = {name: asked for name, asked in rounds.items() if asked.points}
+        answers = dict(zip(rounds, self.loss_queries.ask(list(rounds.values())), strict=True))
+        for name, kept in chosen.items():
+            found = self._estimate(rounds[name], answers[name], loss) if name in rounds else loss.new_zeros(0)
+            estimate = found
+            if len(found) < len(kept):
                 estimate = torch.zeros(len(kept), dtype=loss.dtype, device=loss.device)
-                if len(positions):
-                    estimate[kept] = self._estimate(name, positions, loss)
+                estimate[kept] = found
             self._add(name, estimate)
 
     def _choose(self) -> dict[str, Tensor]:
@@ -114,10 +124,14 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         active = self.active()
         return {n: k.to(self.trained[n].device) for n, k in zip(self.index, kept, strict=True) if n in active}
 
-    def _estimate(self, name: str, positions: Tensor, loss: Tensor) -> Tensor:
-        """ĝ at some positions of one parameter: (K,)."""
+    def _round(self, name: str, positions: Tensor) -> Coordinates:
+        """What is asked of some positions of one parameter."""
         step = self.h_smooth if self.grad_estimator == "esti" else self.lr_of(name)
-        losses = self.loss_queries.coordinates(name, positions, [step, -step] if self.STP else [step])  # (2 or 1, K)
+        return Coordinates(name, positions, [step, -step] if self.STP else [step])
+
+    def _estimate(self, asked: Coordinates, losses: Tensor, loss: Tensor) -> Tensor:
+        """ĝ at the positions of a round (K,), from its losses (2 or 1, K)."""
+        name, positions, step = asked.name, asked.index, asked.shifts[0]
         plus, minus = losses[0], losses[-1]
         # 2h or h, as rounding has left it
         distance = self.loss_queries.distances(name, positions, -step if self.STP else 0.0, step).to(losses)  # (K,)

@@ -10,6 +10,7 @@ from zo_tutorial.directions import DIRECTIONS, Directions
 from zo_tutorial.estimators import above_baseline, check_baseline
 from zo_tutorial.low_rank import LowRank
 from zo_tutorial.optimizer.base import Rule, ZerothOrderOptimizer, torch_rule, whole_number
+from zo_tutorial.queries import Along
 from zo_tutorial.selection import Layers, Parameters
 
 KINDS = (*DIRECTIONS, "low_rank")
@@ -49,6 +50,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
             model that is a function, {name: tensor}: the tensors that it reads. A parameter with requires_grad=False
             is never trained.
         generator: source of all randomness of a step, dropout included; seeded from torch's global one by default.
+        share: what the workers of an initialised process group share: "queries" or "batch" (see `LossQueries`).
         query_mode, memory: how losses are evaluated, and in how many MB; see `LossQueries`. Directions that do not fit
             into half of it are drawn again from seeds when they are needed, with the same result.
 
@@ -79,6 +81,7 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         adam: bool = False, beta_1: float = 0.9, beta_2: float = 0.98, eps: float = 1e-06,
         rule: Rule | None = None, parameters: Parameters | None = None,
         generator: torch.Generator | None = None, query_mode: str = "auto", memory: float = 512,
+        share: str = "queries",
     ):  # fmt: skip
         if not 0 < sigma < inf:
             raise ValueError(f"sigma must be above 0 and finite, not {sigma}")
@@ -90,29 +93,35 @@ class ZO_SGD_mask(ZerothOrderOptimizer):
         self.directions, self.rank = directions, whole_number("rank", rank)
         self.room = memory * 1e6 / 2  # bytes for the directions
         made = torch_rule(rule, adam, (beta_1, beta_2), eps)
-        super().__init__(model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory)
+        super().__init__(
+            model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory, share
+        )
 
     def _add_estimate(self, loss: Tensor) -> None:
         index = self.active()
         for name in index:
             self.loss_queries.check_radius(name, self.sigma)
-        blocks = list(self.layers.values()) if self.layer_by_layer else [list(index)]
-        for block in blocks:
-            part = {name: index[name] for name in block if name in index}
-            grad = self._estimate(part, loss) if part else loss.new_zeros(0)
-            for name, piece in zip(part, grad.split([len(kept) for kept in part.values()]), strict=True):
+        layers = list(self.layers.values()) if self.layer_by_layer else [list(index)]
+        blocks = [{name: index[name] for name in layer if name in index} for layer in layers]
+        rounds, room = list[Along](), self.room
+        for block in filter(None, blocks):
+            u = self._draw(block, room)
+            room -= u.bytes
+            rounds.append(Along(block, u, [self.sigma, -self.sigma] if self.two_sided else [self.sigma]))
+        for asked, losses in zip(rounds, self.loss_queries.ask(rounds), strict=True):
+            grad = self._estimate(asked.directions, losses, loss)
+            for name, piece in zip(asked.index, grad.split([*map(len, asked.index.values())]), strict=True):
                 self._add(name, piece)
 
-    def _estimate(self, index: dict[str, Tensor | range], loss: Tensor) -> Tensor:
-        """ĝ of the coordinates in `index`, all others unperturbed: (d,)."""
-        d, parameters = sum(map(len, index.values())), [self.trained[name] for name in index]
-        u: Directions  # the rows of (n, d)
+    def _draw(self, index: dict[str, Tensor | range], room: float) -> Directions:
+        """Directions of the coordinates in `index`, the rows of (n, d)."""
         if self.directions == "low_rank":
-            u = LowRank(self.n_sample, parameters, list(index.values()), self.rank, self.generator)
-        else:
-            u = Directions(self.n_sample, d, self.directions, self.generator, self.room)
-        scales = [self.sigma, -self.sigma] if self.two_sided else [self.sigma]
-        losses = self.loss_queries.directions(index, u, scales)  # (2 or 1, n)
+            parameters = [self.trained[name] for name in index]
+            return LowRank(self.n_sample, parameters, list(index.values()), self.rank, self.generator)
+        return Directions(self.n_sample, sum(map(len, index.values())), self.directions, self.generator, room)
+
+    def _estimate(self, u: Directions, losses: Tensor, loss: Tensor) -> Tensor:
+        """ĝ (d,) from losses along n directions (2 or 1, n)."""
         if self.two_sided:
             slopes = (losses[0] - losses[1]) / (2 * self.sigma)
         else:

@@ -21,6 +21,7 @@ from zo_tutorial.queries.choice import QUERY_MODES
 from zo_tutorial.queries.cost import multiply_adds
 from zo_tutorial.queries.evaluation import call
 from zo_tutorial.queries.loss_queries import LossQueries
+from zo_tutorial.queries.shared import Along, Coordinates
 from zo_tutorial.queries.state import Snapshot
 
-__all__ = ["QUERY_MODES", "LossQueries", "Snapshot", "call", "multiply_adds"]
+__all__ = ["QUERY_MODES", "Along", "Coordinates", "LossQueries", "Snapshot", "call", "multiply_adds"]

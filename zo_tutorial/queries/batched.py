@@ -47,6 +47,9 @@ class Batched:
     def seconds(self, kind: str, index: dict[str, Index], asked: int) -> float:
         return vmapped(self.evaluation.recorded(), asked, [self.evaluation.parameters[name] for name in index])
 
+    def at_once(self, kind: str, index: dict[str, Index]) -> bool:
+        return False
+
     def changes(self, name: str, parameter: Tensor, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates, where `parameter` stands: (S, K)."""
         changes = []

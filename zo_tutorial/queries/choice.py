@@ -9,12 +9,12 @@ import torch
 from torch import Generator, Tensor
 
 from zo_tutorial.directions import Directions
-from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries.batched import Batched
 from zo_tutorial.queries.cost import MARGIN
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.loop import Loop
 from zo_tutorial.queries.recording import tensors_in
+from zo_tutorial.queries.shared import Round, kind_of, units_of
 from zo_tutorial.queries.structured import Structured
 from zo_tutorial.queries.way import Index, Moves, Unsuitable, Way
 
@@ -23,6 +23,9 @@ NOT_ASKED = "the loop is as quick"
 SAMPLE, LEAST = 3, 3  # coordinates at which a way is tried before it is trusted: any, and those that matter least
 # A change is that of the loop to within a share of it and a multiple of the rounding of the loss.
 SHARE = {torch.float32: 1e-3, torch.float64: 1e-6}
+GRAIN = 16  # points that the loop is asked for in one go
+MOST = 2**31
+ENOUGH = 0.01  # seconds, by the estimate, beside which those do not count that a round takes whatever it asks
 ROUNDINGS = {torch.float32: 64, torch.float64: 1000}
 
 
@@ -33,7 +36,8 @@ class Choice:
         known: {"way question": "" or why it cannot answer that}. A question is what is asked of which parameters, with
             inputs of roughly which sizes and modules in which modes. No way is asked again what it has failed. With a
             number of points behind the question: "" or that the loop is as quick.
-        undecided: {"way question": how often it was put before a comparison with the loop could decide}.
+        undecided: {"way question": the step in which it was first put, while no comparison with the loop has decided}.
+        grain: {question: so many points of it, asked together, cost hardly more than apart}, as `shared` cuts them.
         answered: {(kind, parameters): (the way that answered last, {faster way: why it did not})}.
     """
 
@@ -43,6 +47,7 @@ class Choice:
         self.ways: dict[str, Way] = {"structured": Structured(evaluation), "batched": Batched(evaluation)}
         self.known: dict[str, str] = {}
         self.undecided: dict[str, int] = {}
+        self.grain: dict[str, int] = {}
         self.answered: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
         self.warned = False
 
@@ -70,8 +75,20 @@ class Choice:
         def ask(way: Way) -> Tensor:
             return way.directions(index, directions, scales)
 
-        kind = "low-rank directions" if isinstance(directions, LowRank) else "directions"
-        return self._answer(kind, index, directions.n, ask, check)
+        return self._answer(kind_of(directions), index, directions.n, ask, check)
+
+    def units(self, asked: Round) -> list[Round]:
+        """A round in parts that can be asked apart; in one part as long as the question is new."""
+        kind, index = asked.question
+        return units_of(asked, self.grain.get(self._question(kind, list(index)), asked.points))
+
+    def state(self) -> dict[str, dict]:
+        """What is known of the ways, and decides which of them answers."""
+        return {"known": dict(self.known), "undecided": dict(self.undecided), "grain": dict(self.grain)}
+
+    def load_state(self, state: dict[str, dict]) -> None:
+        self.known, self.undecided = dict(state["known"]), dict(state["undecided"])
+        self.grain = dict(state.get("grain", {}))
 
     def descend(self, moves: Moves) -> float:
         """`Way.descend`, by the way that is right and cheapest for coordinates."""
@@ -127,6 +144,8 @@ class Choice:
                     self.known[key] = ""
                 if then is not None:
                     answer = then(way)
+                elif question not in self.grain:
+                    self.grain[question] = self._grain(way, kind, index, asked)
                 self.answered[(kind, *names)] = name, reasons
                 self.evaluation.record_next = True
                 return answer
@@ -137,6 +156,7 @@ class Choice:
             raise RuntimeError(f"query_mode {self.mode!r} cannot query this model, 'loop' and 'auto' can ({listed})")
         self._tell(names, reasons)
         self.answered[(kind, *names)] = "loop", reasons
+        self.grain.setdefault(question, GRAIN)
         return (then or ask)(self.loop)
 
     def _order(self, kind: str) -> tuple[str, ...]:
@@ -161,9 +181,18 @@ class Choice:
         return not self.known[key]
 
     def _due(self, key: str) -> bool:
-        """Whether to compare a way with the loop now: at the 1st, 2nd, 4th, 8th … time, while that decides nothing."""
-        self.undecided[key] = self.undecided.get(key, 0) + 1
-        return self.undecided[key].bit_count() == 1
+        """Whether to compare a way with the loop now: in the 1st, 2nd, 4th, 8th … step, while that decides nothing."""
+        first = self.undecided.setdefault(key, self.evaluation.steps)
+        return (self.evaluation.steps - first + 1).bit_count() == 1
+
+    def _grain(self, way: Way, kind: str, index: dict[str, Index], asked: int) -> int:
+        """How many points to ask for in one go at least, so that what a round takes beside them does not count."""
+        if way.at_once(kind, index):
+            return MOST
+        try:
+            return max(1, min(MOST, int(ENOUGH / way.seconds(kind, index, asked))))
+        except Unsuitable:
+            return MOST
 
     def _only_loop(self, index: dict[str, Index]) -> str:
         """Why only the loop is right, if that is so."""

@@ -3,6 +3,7 @@
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from zo_tutorial.queries.recording import Recording, span, tensors_in
+from zo_tutorial.queries.rows_of_batch import RowsOfBatch
 from zo_tutorial.queries.sensitivity import is_affine
 from zo_tutorial.queries.state import Snapshot
 from zo_tutorial.queries.way import Unsuitable
@@ -25,6 +27,7 @@ class Evaluation:
     Attributes:
         limit: bytes that a round of queries may use beside the model.
         directions: bytes that the directions of the present round take.
+        steps: batches fixed so far.
     """
 
     def __init__(self, model: Callable, criterion: Callable, parameters: dict[str, Tensor], limit: float):
@@ -35,17 +38,19 @@ class Evaluation:
         self.inputs: Any = None
         self.targets: Any = None
         self.closure: Callable | None = None
-        self.directions = 0
+        self.directions = self.steps = 0
         self._base: Tensor | None = None
         self.state: RandomState | None = None  # of the global generators before the first pass of a round
         self.ran = False  # whether a pass was made since the model was put back
         self.before: Snapshot | None = None
         self.after: Snapshot | None = None
+        self.rows: RowsOfBatch | None = None  # those of this worker, where the batch is shared
         self.record_next = False  # whether a way has answered from a recording: the next step begins with one
 
     def fix(self, inputs, targets, seed: int, closure: Callable | None = None) -> tuple:
         """Fix batch and seed; outputs and loss of a first pass, which leaves its traces in the model."""
         self.inputs, self.targets, self.seed, self.closure = inputs, targets, seed, closure
+        self.steps += 1
         if isinstance(self.model, nn.Module):  # anew: it may have got others
             self.modules = dict(self.model.named_modules())
         self.recording, drew, self.draws = None, self.draws, True
@@ -111,6 +116,8 @@ class Evaluation:
         """One pass and the criterion: outputs and loss."""
         self.reset()
         with recording or nullcontext():
+            if self.rows is not None:
+                return self.rows.once(partial(call, self.model), self.criterion, as_loss, self.inputs, self.targets)
             if self.closure is not None:
                 outputs, loss = None, self.closure()
             else:
@@ -122,6 +129,12 @@ class Evaluation:
 
     def loss(self) -> Tensor:
         return self.once()[1]
+
+    def try_parts(self) -> None:
+        """See whether the loss can be shared by rows (`rows_of_batch`)."""
+        assert self.rows is not None
+        model = partial(call, self.model)
+        self.rows.try_parts(model, self.criterion, as_loss, self.inputs, self.targets, self.reset)
 
     def reset(self) -> None:
         """Put back what a pass begins from: attributes, buffers, random numbers; and what autocast remembers."""

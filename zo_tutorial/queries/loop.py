@@ -63,6 +63,9 @@ class Loop:
             query += perturbing(self.evaluation.parameters[name] for name in index)
         return query * (TRIES if kind == "descend" else 1)
 
+    def at_once(self, kind: str, index: dict[str, Index]) -> bool:
+        return False
+
 
 def _entry(parameter: Tensor, position: int) -> Tensor:
     """A 0-d view of one entry, by its flat position; right for any memory layout."""

@@ -6,7 +6,7 @@ makes it cheap.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from typing import Any
@@ -17,9 +17,12 @@ from torch import Tensor
 from zo_tutorial.directions import Directions
 from zo_tutorial.queries.choice import QUERY_MODES, Choice
 from zo_tutorial.queries.evaluation import Evaluation
-from zo_tutorial.queries.recording import version
+from zo_tutorial.queries.rows_of_batch import RowsOfBatch
+from zo_tutorial.queries.shared import Coordinates, Round, Sharing
+from zo_tutorial.queries.state import fingerprint
 from zo_tutorial.queries.way import Index, Moves
 from zo_tutorial.selection import layer_of
+from zo_tutorial.workers import Workers, is_due, numbers_of
 
 
 class LossQueries:
@@ -54,11 +57,13 @@ class LossQueries:
             a module must read them anew in each call.
         mode: "auto", "loop", "batched" or "structured".
         memory: bound for what a round of queries may use beside the model (MB).
+        workers: who shares the work; None: nobody else. All of them make the same calls, with the same whole batch.
+        share: "queries": each of them asks a part of the rounds given to `ask`. "batch": each query is asked by all of
+            them, by the loop, of a part of the batch each; the loss must be a mean over its rows.
 
     Attributes:
         count: queries asked so far (queries). Comparisons of a way with the loop, and of the loss with itself in the
             first step, are not counted.
-        steps: batches started so far.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class LossQueries:
         parameters: dict[str, Tensor],
         mode: str = "auto",
         memory: float = 512,
+        workers: Workers | None = None,
+        share: str = "queries",
     ):
         if mode not in QUERY_MODES:
             raise ValueError(f"query_mode {mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
@@ -81,9 +88,12 @@ class LossQueries:
                 )
         self.parameters = parameters
         self.evaluation = Evaluation(model, criterion, parameters, memory * 1e6)
+        if workers is not None and share == "batch":
+            self.evaluation.rows, mode = RowsOfBatch(workers), "loop"
         self.choice = Choice(self.evaluation, mode)
         self.count = 0
-        self.steps = 0
+        self.workers = workers
+        self.sharing = None if workers is None or share == "batch" else Sharing(workers)
         self.lost: set[str] = set()  # parameters at which a step was seen to be lost in rounding
         self.repeatable = False  # whether the loss was seen to come out the same twice
 
@@ -104,7 +114,9 @@ class LossQueries:
             RuntimeError: the loss does not repeat, or the model writes into its input or its parameters.
             ValueError: the criterion returned more than one number.
         """
-        self.steps += 1
+        if self.workers is not None and is_due(self.steps + 1):
+            known = {repr(name): numbers_of(parameter) for name, parameter in self.parameters.items()}
+            self.workers.check(self.steps + 1, known | {"the seed": str(seed).encode()})
         with _plain():
             if self.repeatable:
                 outputs, loss = self.evaluation.fix(inputs, targets, seed, closure)
@@ -113,6 +125,30 @@ class LossQueries:
             self.count += 1
             with self.evaluation.unharmed():
                 return outputs, self._checked(loss, "unperturbed")
+
+    @property
+    def steps(self) -> int:
+        """Batches started so far."""
+        return self.evaluation.steps
+
+    def ask(self, rounds: Sequence[Round]) -> list[Tensor]:
+        """The losses of all rounds of a step, as `coordinates` and `directions` give them, shared out among workers."""
+        units = [self.choice.units(asked) for asked in rounds]
+        every = [unit for parts in units for unit in parts]
+        answers, count, known = None, self.count, self.choice.state()
+        if self.sharing is not None:
+            answers = self.sharing.losses(every, self._answer, self.choice.state, self.evaluation.base, self.steps)
+            self.count = count if answers is None else count + sum(unit.queries for unit in every)
+        if answers is None:
+            self.choice.load_state(known)
+            answers = [self._answer(unit) for unit in every]
+        parts = iter(answers)
+        return [torch.cat([next(parts) for _ in some], 1) for some in units]
+
+    def _answer(self, asked: Round) -> Tensor:
+        if isinstance(asked, Coordinates):
+            return self.coordinates(asked.name, asked.index, asked.shifts)
+        return self.directions(asked.index, asked.directions, asked.scales)
 
     def coordinates(self, name: str, index: Tensor, shifts: list[float]) -> Tensor:
         """Losses with one coordinate shifted at a time: L(θ + s e_i) for every shift s and every i in `index`.
@@ -166,8 +202,7 @@ class LossQueries:
             (S, n) losses; S·n queries.
         """
         given = Directions.of(directions) if isinstance(directions, Tensor) else directions
-        kept = None if isinstance(directions, Tensor) else given.matrix  # a tensor is the caller's own
-        self.evaluation.directions = 0 if kept is None else kept.numel() * kept.element_size()
+        self.evaluation.directions = given.bytes
         layers = dict.fromkeys(self._layer(name) for name in index)
         where = f"with layer {', '.join(map(repr, layers))} perturbed"
         try:
@@ -232,25 +267,31 @@ class LossQueries:
         return {
             "queries": self.count,
             "steps": self.steps,
-            "known": dict(self.choice.known),
-            "undecided": dict(self.choice.undecided),
             "record next": self.evaluation.record_next,
+            "bytes sent": 0 if self.workers is None else self.workers.bytes_sent,
+            **self.choice.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.count, self.steps = state["queries"], state["steps"]
-        self.choice.known, self.choice.undecided = dict(state["known"]), dict(state["undecided"])
+        self.count, self.evaluation.steps = state["queries"], state["steps"]
+        self.choice.load_state(state)
         self.evaluation.record_next = state["record next"]
+        if self.workers is not None:
+            self.workers.bytes_sent = state.get("bytes sent", 0)
 
     def _first(self, inputs, targets, seed: int, closure: Callable | None) -> tuple:
         """The first pass, and whether a second one comes out the same and neither changes a parameter."""
         evaluation = self.evaluation
+        if evaluation.rows is not None and closure is not None:
+            raise ValueError("share 'batch': the batch of a closure cannot be parted; give inputs and targets")
         weights = [p for m in evaluation.modules.values() for p in m._parameters.values() if p is not None]
-        before = [_fingerprint(weight) for weight in weights]
+        before = [fingerprint(weight) for weight in weights]
         outputs, loss = evaluation.fix(inputs, targets, seed, closure)
         with evaluation.unharmed(), evaluation.fenced():
             again = evaluation.loss()
-        if [_fingerprint(weight) for weight in weights] != before:
+            if evaluation.rows is not None:
+                evaluation.try_parts()
+        if [fingerprint(weight) for weight in weights] != before:
             raise RuntimeError("the model changes its own parameters in a forward pass, so its loss cannot be queried")
         if not torch.isclose(loss, again, rtol=8 * torch.finfo(loss.dtype).eps, atol=0, equal_nan=True):
             message = (
@@ -300,9 +341,3 @@ def _plain():
     """No gradients, and no inference mode, whose tensors could not be written to afterwards."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _fingerprint(weight: Tensor) -> tuple:
-    """What tells whether a parameter was written to."""
-    weight = weight.detach()
-    return version(weight), str(weight.sum().item()), str(torch.linalg.vector_norm(weight).item())  # "nan" is "nan"

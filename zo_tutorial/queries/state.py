@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zo_tutorial.queries.recording import version
+
 SMALL = 2**18  # numbers; a larger tensor is known to have changed by its version alone
 LONG = 20_000  # items; a longer container is known to have changed by its length alone
 
@@ -127,3 +129,9 @@ def _refill(value) -> Callable[[], None]:
             value.extend(saved) if isinstance(value, list | deque) else value.update(saved)
 
     return put_back
+
+
+def fingerprint(weight: Tensor) -> tuple:
+    """What tells whether a parameter was written to."""
+    weight = weight.detach()
+    return version(weight), str(weight.sum().item()), str(torch.linalg.vector_norm(weight).item())  # "nan" is "nan"

@@ -64,11 +64,10 @@ class Structured:
 
     def _by_logits(self, name: str, positions: Tensor, shifts: list[float]) -> Tensor | None:
         """The changes of the loss where that is the cheaper way; None where it is not."""
+        if not self.at_once("coordinates", {name: positions}):
+            return None  # a dense layer's weights are summed first (`sums`)
         layer, parameter = self._layer(name)
         recording, value = self.evaluation.recorded(), layer.get_parameter(parameter)
-        core = isinstance(layer, TENSOR_LAYERS) and parameter != "bias"
-        if len(positions) < value.numel() / 8 or not (core or isinstance(layer, CONVOLUTIONS)):
-            return None  # a dense layer's weights are summed first (`sums`)
         try:
             logits = logits_behind(recording, layer, self.evaluation.room())
             steps = rounded(value.reshape(-1)[positions], shifts)
@@ -90,6 +89,16 @@ class Structured:
             return self._directional(index, kind == "low-rank directions").seconds(asked)
         recording = self.evaluation.recorded()
         return sum(self._probe(name).seconds(recording, kind, asked) for name in index)
+
+    def at_once(self, kind: str, index: dict[str, Index]) -> bool:
+        """Of coordinates those that the logits may answer."""
+        if kind != "coordinates":
+            return False
+        ((name, positions),) = index.items()
+        layer, parameter = self._layer(name)
+        core = isinstance(layer, TENSOR_LAYERS) and parameter != "bias"
+        many = len(positions) >= layer.get_parameter(parameter).numel() / 8
+        return many and (core or isinstance(layer, CONVOLUTIONS))
 
     def _directional(self, index: dict[str, Index], low_rank: bool) -> Directional:
         layers = {self._layer(name): positions for name, positions in index.items()}
@@ -169,6 +178,7 @@ class Probe:
         if self.suffix.cross_entropy is not None and not changes.sum().isfinite():
             self.suffix.cross_entropy.stable = True
             changes = self._look(positions, shifts)
+            self.suffix.cross_entropy.stable = False  # the next parameter begins as it would alone
         return changes
 
     def _look(self, positions: Tensor, shifts: list[float]) -> Tensor:

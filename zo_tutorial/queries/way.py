@@ -53,6 +53,10 @@ class Way(Protocol):
         directions" (`cost`)."""
         ...
 
+    def at_once(self, kind: str, index: dict[str, Index]) -> bool:
+        """Whether a part of such a round takes about as long as the whole."""
+        ...
+
 
 def pieces_of(index: dict[Any, Index], u: Tensor) -> list[Tensor]:
     """Directions (..., d) split among the parameters: (..., K) for each."""
