@@ -107,15 +107,17 @@ def _locked(file: Path) -> Iterator[None]:
     """Hold FILE.lock, which the system gives back when a process ends, however it does."""
     path = file.with_name(f"{file.name}.lock")
     try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    path.unlink()
+        path.open("ab").close()
+    except OSError as error:
+        raise ExperimentError(f"{file}: cannot be written: {error.strerror}") from error
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         raise ExperimentError(f"{file}: another process is writing it") from None
-    except OSError as error:
-        if error.filename == str(path):
-            raise ExperimentError(f"{file}: cannot be written: {error.strerror}") from error
-        raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
