@@ -32,9 +32,12 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{PROGRAM}: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str] | None) -> int:
@@ -107,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     again.set_defaults(command=_reproduce)
     again.add_argument("table", nargs="?", choices=tables.table_names(), help="none: say what tables there are")
     again.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name contains TEXT")
+    shard = "every N-th run from the I-th on: for the I-th of N jobs, which may share a folder"
+    again.add_argument("--shard", metavar="I/N", help=shard)
     for several in (turn, again):
         add = several.add_argument
         add("--list", action="store_true", help="print the runs and end")
@@ -207,8 +212,20 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.table is None:
         raise ExperimentError(f"reproduce needs a table: {', '.join(tables.table_names())}")
     runs = tables.load_table(arguments.table, arguments.quick, arguments.only)
+    if arguments.shard:
+        runs = _shard(runs, arguments.shard)
     recorded = None if arguments.quick else tables.RECORDED / arguments.table
     _run_all(runs, arguments, arguments.table, recorded)
+
+
+def _shard(runs: list, shard: str) -> list:
+    """Every N-th run from the I-th on, of "I/N"."""
+    first, _, count = shard.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ExperimentError(f"--shard {shard}: should be I/N, from 1/N to N/N")
+    if int(first) > len(runs):
+        raise ExperimentError(f"--shard {shard}: there are {len(runs)} runs only")
+    return runs[int(first) - 1 :: int(count)]
 
 
 def _run_all(runs: list, arguments: argparse.Namespace, folder: str, recorded: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from zo_tutorial.experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.errors import BusyError, ExperimentError
 from zo_tutorial.experiments.record import load_record, save_record
 from zo_tutorial.experiments.schema import Config
 from zo_tutorial.workers import Workers, launched, restarted
@@ -114,7 +114,7 @@ def _locked(file: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ExperimentError(f"{file}: another process is writing it") from None
+        raise BusyError(f"{file}: another process is writing it") from None
     try:
         yield
     finally:
