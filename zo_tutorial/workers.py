@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 SHARES = ("queries", "batch")
 OFTEN = 128  # steps
@@ -35,7 +37,10 @@ def joined(device: str) -> Iterator[None]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Names of their own for the addresses of each start: torchrun keeps the store, with those of workers that are gone.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     yield
     dist.destroy_process_group()  # not where an error came: the others may wait for this one
 
