@@ -13,8 +13,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 SHARES = ("queries", "batch")
 OFTEN = 128  # steps
@@ -34,6 +32,9 @@ def joined(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ or dist.is_initialized():
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore  # not in all builds of torch
+    from torch.distributed.rendezvous import rendezvous
+
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
