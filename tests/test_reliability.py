@@ -4,6 +4,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -207,3 +209,51 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"python -m zo_tutorial: error: {place}/record.json: cannot be written: ")
         assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "zo_tutorial", "mnist", "--list"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    expected = "python -m zo_tutorial: error: the output cannot be written: No space left on device\n"
+    assert result.stderr == expected
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def interruptible(command, errors, ready) -> None:
+    """The command line, as in a terminal."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr, sys.stdout = os.fdopen(2, "w"), os.fdopen(1, "w")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ready.touch()
+    code = main(command)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def test_ctrl_c_at_any_moment_is_one_line_and_loses_nothing(tmp_path):
+    config, moments = config_of("esti", tmp_path), random.Random(0)
+    undisturbed, out = tmp_path / "undisturbed.json", tmp_path / "killed.json"
+    go_on(config, undisturbed)
+    whole, codes = seconds_of(config, tmp_path), []
+    command = ["mnist", "-config", str(config.file), "--out", str(out), "--resume"]
+    for k in range(MOMENTS):
+        errors, ready = tmp_path / "errors", tmp_path / f"ready {k}"
+        pid = forked(interruptible, command, errors, ready)
+        while not ready.exists():
+            time.sleep(0.001)
+        time.sleep(0.005 + moments.uniform(0.0, whole))
+        os.kill(pid, signal.SIGINT)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        lines = [line for line in errors.read_text().splitlines() if "epoch" not in line and line.strip()]
+        hint = f"python -m zo_tutorial: interrupted; the same command with --resume goes on from {out}"
+        assert codes[-1] in (0, 130) and lines == [hint] * (codes[-1] == 130), lines
+        assert not list(tmp_path.glob("killed.*.part")) and not list(tmp_path.glob("*.lock"))
+    assert 130 in codes
+    go_on(config, out)
+    check_like(out, undisturbed)

@@ -1,6 +1,7 @@
 """The command line: python -m zo_tutorial mnist|encoder|run_tensors|reproduce|data|plot|bench; `--help` says all."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -16,9 +17,11 @@ from zo_tutorial.bench import scaling
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
+from zo_tutorial.experiments.files import replacing
 from zo_tutorial.workers import WorkerLost, WorkersError, joined, rank
 
 PROGRAM = "python -m zo_tutorial"
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 MEASURES = {"MNIST": ["val_accuracy"], "ATIS": ["val_intent_accuracy", "val_slot_f1"]}  # what `plot` draws
 
 
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         if isinstance(error, BrokenPipeError):
             return 141
-        print(f"{PROGRAM}: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"{PROGRAM}: error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
 
 
@@ -50,11 +53,14 @@ def _run(argv: list[str] | None) -> int:
         try:
             arguments.command(arguments)
             return 0
-        except BrokenPipeError:
-            raise
-        except (ExperimentError, DataError, OSError, FloatingPointError, WorkersError) as error:
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or (error.errno in FULL and not error.filename):
+                raise  # of a file there would be a name: this is the output
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            return 2
+        except (ExperimentError, DataError, FloatingPointError, WorkersError) as error:
             # of several workers the first one speaks for all, where it can
-            own = isinstance(error, DataError | OSError) or (rank() == 1 and isinstance(error, WorkerLost))
+            own = isinstance(error, DataError) or (rank() == 1 and isinstance(error, WorkerLost))
             if rank() == 0 or own:
                 print(f"{PROGRAM}: error: {error}", file=sys.stderr)
             return 2
@@ -283,7 +289,8 @@ def _save_picture(path: str, draw: Callable, **options) -> None:
     viz.use_style()
     figure = Figure(**options)
     draw(figure)
-    figure.savefig(path, metadata={"Software": None})  # the same bytes whatever the version
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes whatever the version
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -304,7 +311,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             rows += bench.bench(arguments.quick, device, peers=peers, others=arguments.others)
     print(bench.table(rows))
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        with replacing(Path(arguments.out)) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
     if arguments.plot:
         _save_picture(arguments.plot, lambda figure: bench.plot(rows, figure), figsize=(8.7, 3.8))
 
@@ -320,7 +328,8 @@ def _scaling(arguments: argparse.Namespace) -> None:
     loads = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
     print(f"{os.cpu_count()} cores; mean number of processes that wanted one in the last minute: {loads}")
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        with replacing(Path(arguments.out)) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
