@@ -8,9 +8,11 @@ from several import in_workers
 from torch import nn
 
 from zo_tutorial import ZO_SCD_mask, ZO_SGD_mask
+from zo_tutorial.experiments.tasks import JointLoss
 from zo_tutorial.models import MNIST_CNN, MNIST_TTM, Encoder
-from zo_tutorial.queries import choice
+from zo_tutorial.queries import LossQueries, choice
 from zo_tutorial.queries.shared import Sharing
+from zo_tutorial.workers import Workers
 
 STEPS = 5
 ESTI = {"grad_estimator": "esti", "grad_sparsity": 0.3, "h_smooth": 1e-2, "adam": True, "lr": 1e-2}
@@ -153,6 +155,71 @@ ERRORS = {
     "infinite": "FloatingPointError: the loss is inf at step 3, with layer ",
     "sign": "ValueError: grad_estimator 'sign' asks one query after the other, so workers need share='batch'",
 }
+
+
+def by_batch(case: str, share: str = "batch", net: str = "plain") -> tuple:
+    """Weights and losses where the batch is shared; the batches have 8 rows, and at last 1."""
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3)).double()
+    if net == "batch norm":
+        model.append(nn.BatchNorm1d(3).double())
+    cls, options = CASES[case]
+    optimizer = cls(model, F.cross_entropy, None, generator=generator, share=share, **options)
+    losses = []
+    for step in range(4):
+        rows = 1 if step == 3 else 8
+        x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+        losses.append(optimizer.step(x, torch.arange(rows) % 3)[1])
+    return model.state_dict(), torch.stack(losses)
+
+
+def close(a, b) -> bool:
+    return torch.allclose(a[1], b[1]) and all(torch.allclose(a[0][key], b[0][key]) for key in a[0])
+
+
+def joint_in_parts() -> list:
+    """The loss of sentences whose words are shared unevenly, as a whole and as workers add it up."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 30, (5, 6), generator=generator)
+    tags = torch.randint(4, (5, 6), generator=generator)
+    tags[:3, 1:] = -100
+    torch.manual_seed(0)
+    model, loss = Encoder(30, 3, 4, d_model=16, heads=2, d_hidden=16, layers=1, dropout=0.2), JointLoss()
+    queries = LossQueries(model, loss, dict(model.named_parameters()), "auto", 512, Workers.present(), "batch")
+    found = queries.start(tokens, (tokens[:, 0] % 3, tags), 7)[1]
+    plain = LossQueries(model, joint_loss, dict(model.named_parameters()), "auto", 512, Workers.present(), "batch")
+    try:
+        plain.start(tokens, (tokens[:, 0] % 3, tags), 7)
+    except RuntimeError as error:
+        return [found, str(error)]
+    return [found, ""]
+
+
+def test_a_shared_batch_gives_what_one_worker_gets_up_to_rounding(tmp_path):
+    alone = {case: by_batch(case) for case in BY_BATCH}
+    whole = joint_in_parts()[0]
+    answers = in_workers(2, share_batches, tmp_path)
+    for case, expected in alone.items():
+        assert close(answers[0][case], expected), case
+        assert same(answers[0][case], answers[1][case]), case
+    for answer in answers:
+        found, refusal = answer["joint"]
+        assert torch.allclose(found, whole) and torch.equal(found, answers[0]["joint"][0])
+        assert "it is no mean over the rows" in refusal
+        assert answer["batch norm"].startswith("RuntimeError: share 'batch': the loss of 8 rows is ")
+
+
+BY_BATCH = ("sign", "esti", "batch", "SGD")
+
+
+def share_batches() -> dict:
+    found: dict = {case: by_batch(case) for case in BY_BATCH} | {"joint": joint_in_parts()}
+    try:
+        by_batch("sign", net="batch norm")
+    except Exception as error:
+        found["batch norm"] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def talk() -> tuple:

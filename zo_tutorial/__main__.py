@@ -1,6 +1,7 @@
 """The command line: python -m zo_tutorial mnist|encoder|run_tensors|reproduce|data|plot|bench; `--help` says all."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -16,9 +17,11 @@ from zo_tutorial.bench import scaling
 from zo_tutorial.data import DataError, mnist
 from zo_tutorial.experiments import ExperimentError, load_config, load_record, run, tables
 from zo_tutorial.experiments.config import names, parse_overrides
+from zo_tutorial.experiments.files import replacing
 from zo_tutorial.workers import WorkerLost, WorkersError, joined, rank
 
 PROGRAM = "python -m zo_tutorial"
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 MEASURES = {"MNIST": ["val_accuracy"], "ATIS": ["val_intent_accuracy", "val_slot_f1"]}  # what `plot` draws
 
 
@@ -32,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{PROGRAM}: error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str] | None) -> int:
@@ -47,11 +53,14 @@ def _run(argv: list[str] | None) -> int:
         try:
             arguments.command(arguments)
             return 0
-        except BrokenPipeError:
-            raise
-        except (ExperimentError, DataError, OSError, FloatingPointError, WorkersError) as error:
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or (error.errno in FULL and not error.filename):
+                raise  # of a file there would be a name: this is the output
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            return 2
+        except (ExperimentError, DataError, FloatingPointError, WorkersError) as error:
             # of several workers the first one speaks for all, where it can
-            own = isinstance(error, DataError | OSError) or (rank() == 1 and isinstance(error, WorkerLost))
+            own = isinstance(error, DataError) or (rank() == 1 and isinstance(error, WorkerLost))
             if rank() == 0 or own:
                 print(f"{PROGRAM}: error: {error}", file=sys.stderr)
             return 2
@@ -108,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     again.set_defaults(command=_reproduce)
     again.add_argument("table", nargs="?", choices=tables.table_names(), help="none: say what tables there are")
     again.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name contains TEXT")
+    shard = "every N-th run from the I-th on: for the I-th of N jobs, which may share a folder"
+    again.add_argument("--shard", metavar="I/N", help=shard)
     for several in (turn, again):
         add = several.add_argument
         add("--list", action="store_true", help="print the runs and end")
@@ -209,8 +220,20 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.table is None:
         raise ExperimentError(f"reproduce needs a table: {', '.join(tables.table_names())}")
     runs = tables.load_table(arguments.table, arguments.quick, arguments.only)
+    if arguments.shard:
+        runs = _shard(runs, arguments.shard)
     recorded = None if arguments.quick else tables.RECORDED / arguments.table
     _run_all(runs, arguments, arguments.table, recorded)
+
+
+def _shard(runs: list, shard: str) -> list:
+    """Every N-th run from the I-th on, of "I/N"."""
+    first, _, count = shard.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ExperimentError(f"--shard {shard}: should be I/N, from 1/N to N/N")
+    if int(first) > len(runs):
+        raise ExperimentError(f"--shard {shard}: there are {len(runs)} runs only")
+    return runs[int(first) - 1 :: int(count)]
 
 
 def _run_all(runs: list, arguments: argparse.Namespace, folder: str, recorded: Path | None = None) -> None:
@@ -268,7 +291,8 @@ def _save_picture(path: str, draw: Callable, **options) -> None:
     viz.use_style()
     figure = Figure(**options)
     draw(figure)
-    figure.savefig(path, metadata={"Software": None})  # the same bytes whatever the version
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes whatever the version
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -289,7 +313,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             rows += bench.bench(arguments.quick, device, peers=peers, others=arguments.others)
     print(bench.table(rows))
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        with replacing(Path(arguments.out)) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
     if arguments.plot:
         _save_picture(arguments.plot, lambda figure: bench.plot(rows, figure), figsize=(8.7, 3.8))
 
@@ -305,7 +330,8 @@ def _scaling(arguments: argparse.Namespace) -> None:
     loads = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
     print(f"{os.cpu_count()} cores; mean number of processes that wanted one in the last minute: {loads}")
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        with replacing(Path(arguments.out)) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which parameters of a model are trained: by layer type, by name, or by a rule of one's own; thinned out by masks."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -159,11 +159,15 @@ def kept_positions(
         ValueError: no mask at all, unknown name, wrong shape, not bool, or nothing kept.
     """
     known = trained if known is None else known
+    if masks is not None and not isinstance(masks, Mapping):
+        raise ValueError(f"masks: should be a dict of bool tensors by parameter name, not {type(masks).__name__}")
     if masks is not None and not masks:
         raise ValueError("masks: the dict is empty, so no weight is kept; None trains all of them")
     for name, mask in (masks or {}).items():
         if name not in known:
             raise ValueError(f"masks: the model has no parameter {name!r}; it has {', '.join(known)}")
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"masks: {name!r} is of {type(mask).__name__}, no tensor")
         if mask.shape != known[name].shape:
             raise ValueError(f"masks: {name!r} has shape {tuple(mask.shape)}, not {tuple(known[name].shape)}")
         if mask.dtype != torch.bool:

@@ -32,10 +32,16 @@ def joined(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ or dist.is_initialized():
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore  # not in all builds of torch
+    from torch.distributed.rendezvous import rendezvous
+
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Names of their own for the addresses of each start: torchrun keeps the store, with those of workers that are gone.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     yield
     dist.destroy_process_group()  # not where an error came: the others may wait for this one
 

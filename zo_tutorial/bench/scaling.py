@@ -104,8 +104,8 @@ def table(rows: list[dict]) -> str:
         spread = f"{row['lowest']:.2f}–{row['highest']:.2f}"
         lines.append(
             f"{row['step']:13} {row['workers']:7} {row['queries']:8,} {1e3 * row['alone_s']:9.1f} "
-            f"{1e3 * row['together_s']:9.1f} {row['gain']:5.2f}  {spread:9} {row['core_gain']:9.2f} {1e3 * row['fixed_s']:8.1f} "
-            f"{row['bound']:5.2f} {row['bytes']:8,} {'yes' if row['same_bits'] else 'NO'}"
+            f"{1e3 * row['together_s']:9.1f} {row['gain']:5.2f}  {spread:9} {row['core_gain']:9.2f} "
+            f"{1e3 * row['fixed_s']:8.1f} {row['bound']:5.2f} {row['bytes']:8,} {'yes' if row['same_bits'] else 'NO'}"
         )
     return "\n".join(lines)
 

@@ -61,7 +61,7 @@ def parse_overrides(assignments: list[str]) -> dict:
             raise ExperimentError(f"--set {assignment}: should be key=value, such as optimizer.lr=0.01")
         try:
             overrides[key] = yaml.load(value, _Loader)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ExperimentError(f"--set {assignment}: the value is no YAML: {_one_line(error)}") from error
     return overrides
 
@@ -127,7 +127,7 @@ def read_yaml(file: Path, kind: type[Group]) -> dict:
     """The values of a YAML file that should hold a group of this kind. Raises ExperimentError."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8; nested too deeply
         raise ExperimentError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ExperimentError(f"{file}: should hold the groups {', '.join(kind.model_fields)}")

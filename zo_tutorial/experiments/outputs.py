@@ -21,7 +21,7 @@ from zo_tutorial.experiments.checkpoint import (
     save_checkpoint,
     start_from,
 )
-from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.errors import BusyError, ExperimentError
 from zo_tutorial.experiments.record import load_record, save_record
 from zo_tutorial.experiments.schema import Config
 from zo_tutorial.workers import Workers, launched, restarted
@@ -138,15 +138,17 @@ def _locked(file: Path) -> Iterator[None]:
     """Hold FILE.lock, which the system gives back when a process ends, however it does."""
     path = file.with_name(f"{file.name}.lock")
     try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    path.unlink()
-    except Timeout:
-        raise ExperimentError(f"{file}: another process is writing it") from None
+        path.open("ab").close()
     except OSError as error:
-        if error.filename == str(path):
-            raise ExperimentError(f"{file}: cannot be written: {error.strerror}") from error
-        raise
+        raise ExperimentError(f"{file}: cannot be written: {error.strerror}") from error
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{file}: another process is writing it") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()

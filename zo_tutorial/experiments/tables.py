@@ -10,6 +10,7 @@ import os
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from zo_tutorial.data import DataError, atis, mnist
 from zo_tutorial.experiments.checkpoint import checkpoint_path
 from zo_tutorial.experiments.config import explain, load_config, read_yaml
-from zo_tutorial.experiments.errors import ExperimentError
+from zo_tutorial.experiments.errors import BusyError, ExperimentError
 from zo_tutorial.experiments.fields import Group
 from zo_tutorial.experiments.record import load_record
 from zo_tutorial.experiments.schema import Config
@@ -122,8 +123,9 @@ def reproduce(
     Args:
         runs: of `load_table`.
         out: a folder, made if it is not there. A record that lies there already is taken as it is, and a run that was
-            cut off goes on from its checkpoint: so the same command goes on where it stopped. The folder `start` in it
-            has the runs whose weights others start from, with their checkpoints.
+            cut off goes on from its checkpoint: so the same command goes on where it stopped. Several processes may
+            share the folder: what one of them is making, the others leave to it, and wait for in the end. The folder
+            `start` in it has the runs whose weights others start from, with their checkpoints.
         root, device: as for `run`.
         jobs: processes, each with one thread; None: one for each processor core.
 
@@ -162,16 +164,21 @@ def _made(runs: Sequence[Run], out: Path, root, device: str, jobs: int | None, k
                 atis.load(data.source, root, names=data.names)
             else:
                 mnist.load(data.source, root)
-        tasks = [(k, runs[k], out, root, device, keep) for k in waiting]
+        tasks_of = {k: (k, runs[k], out, root, device, keep) for k in waiting}
         with context.Pool(jobs, _start, (done,)) as pool:  # left by an exception, it ends its processes
-            results = pool.imap_unordered(_work, tasks)
+            results, left = pool.imap_unordered(_work, list(tasks_of.values())), len(tasks_of)
             while waiting:
+                if not left:  # what is waited for, other processes make: see again what they have finished
+                    time.sleep(1)
+                    results, left = pool.imap_unordered(_work, [tasks_of[k] for k in waiting]), len(waiting)
                 try:
                     k, result = results.next(timeout=0.5)
-                    waiting.remove(k)
-                    records[k] = result
-                    bar.set_postfix_str(f", {len(runs) - len(waiting)} of {len(runs)} runs done", False)
-                    tqdm.write(f"{runs[k].file}: {_outcome(result)}")
+                    left -= 1
+                    if result is not None:
+                        waiting.remove(k)
+                        records[k] = result
+                        bar.set_postfix_str(f", {len(runs) - len(waiting)} of {len(runs)} runs done", False)
+                        tqdm.write(f"{runs[k].file}: {_outcome(result)}")
                 except multiprocessing.TimeoutError:
                     pass
                 bar.update(done.value - bar.n)
@@ -256,7 +263,8 @@ def _start(done) -> None:
     _done = done
 
 
-def _work(task: tuple) -> tuple[int, dict | str]:
+def _work(task: tuple) -> tuple[int, dict | str | None]:
+    """A record, or the error; None where another process is at it."""
     k, one, out, root, device, keep = task
     path, epochs = out / one.file, one.config.training.epochs
     seen = 0
@@ -273,6 +281,9 @@ def _work(task: tuple) -> tuple[int, dict | str]:
         if not keep:  # a table keeps records only
             checkpoint_path(path).unlink(missing_ok=True)
         return k, record
+    except BusyError:
+        epochs = seen
+        return k, None
     except (ExperimentError, DataError, OSError, FloatingPointError) as error:
         return k, str(error)
     finally:

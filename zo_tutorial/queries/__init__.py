@@ -13,6 +13,9 @@ the first answers with those of the `loop`, the reference. The ways have one fac
   by values of each unit (`sums`, `rows`), of tensor layers and convolutions by the derivatives of the logits (`logits`,
   `jacobian`, `kinks`). Directions go through `directional`, those of a `chain` of dense and tensor layers without vmap.
 
+Several workers share what a step asks: its rounds, cut into units (`shared`), or the rows of the batch
+(`rows_of_batch`).
+
 Single moves, one coordinate after the other, look ahead in `descent`: on a path that is guessed, where a `walk` knows
 the slope.
 """

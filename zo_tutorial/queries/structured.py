@@ -36,7 +36,7 @@ from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.logits import logits_behind
 from zo_tutorial.queries.parts import Part
-from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Recording, bytes_of, overlap, span
+from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Recording, overlap, span
 from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
 from zo_tutorial.queries.sensitivity import CONVOLUTIONS, Units, response
 from zo_tutorial.queries.slices import Slice
@@ -145,7 +145,7 @@ class Probe:
         self.behind = cached.points
         self.response = response(layer, name, cached.x, self.z, limit, cached.products)
         self.parameter = layer.get_parameter(name)
-        points = (limit - bytes_of(recording.plain.values())) / 2 / (cached.bytes + 4 * self.response.bytes)
+        points = (limit - cached.copied) / 2 / (cached.bytes + 4 * self.response.bytes)
         if points < 2:
             raise Unsuitable("the memory does not suffice for two points")
         quick = 2 * AT_ONCE / cached.bytes if self.head is None else CACHE / self.response.bytes

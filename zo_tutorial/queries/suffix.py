@@ -222,6 +222,7 @@ class CachedLayer:
         series: with a head that enters cross-entropy.
         points: what runs the calls behind it by rules, if there are such; not in front of a cross-entropy.
         bytes: what one perturbed output needs, apart from the slice that changes.
+        copied: what `points` may copy of the recording at most (bytes), whatever it has copied so far.
     """
 
     def __init__(self, recording: Recording, layer: nn.Module):
@@ -235,6 +236,8 @@ class CachedLayer:
         self.series: Series | None = None
         self.a = self.o = self.z.new_empty(0)  # without a head there are none
         self.points: Points | None = None
+        tensors = {id(t): t for c in recording.calls for t in (*c.tensors, *c.results)}.values()
+        self.copied = bytes_of(t for t in tensors if t.layout == torch.strided and not t.is_contiguous())
         try:
             self.head = Head(recording, call) if has_units_last(layer, z) else ConvolutionHead(recording, call)
             cross_entropy = self.head.suffix.cross_entropy
