@@ -194,7 +194,8 @@ def test_name_and_hash(small, tmp_path):
     assert load_config(below).hash() == load_config(small).hash()  # of what is run, not of where it is written
     for other in ({"optimizer.lr": 0.051}, {"pruning.modules": ["fc1"]}):
         assert load_config(small, other).hash() != load_config(small).hash()
-    assert load_config(small, {"pruning.modules": None}).hash() == load_config(small).hash()
+    assert load_config(small, {"pruning.modules": None, "model.pool": 1}).hash() == load_config(small).hash()
+    assert "pool" not in load_config(small).model_dump()["model"]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
