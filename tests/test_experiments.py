@@ -213,7 +213,7 @@ def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
     assert 0 <= record["test_accuracy"] <= 1
     if config.optimizer.name == "FO":  # two epochs, of 32 batches, are enough to be well above chance
         assert record["queries"] == 64 and record["test_accuracy"] > 0.3
-    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278}[name.split("/")[1]]
+    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278, "pooled": 18_540}[name.split("/")[1]]
     assert record["parameters"] == (3_962 if "rank6" in name else parameters)
     trained = {"FC": 10_164, "GraSP": 752}
     assert record["trained_parameters"] == next((n for k, n in trained.items() if k in name), record["parameters"])

@@ -29,8 +29,13 @@ def seeded(seed=0):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("FC", 203_264), ("FC pooled", 13_184), ("TTM", 1_504), ("photonic", 1_504), ("TTM rank 6", 3_962),
-        ("TT", 10_685), ("CNN", 4_278),
+        ("FC", 203_264),
+        ("FC pooled", 13_184),
+        ("TTM", 1_504),
+        ("photonic", 1_504),
+        ("TTM rank 6", 3_962),
+        ("TT", 10_685),
+        ("CNN", 4_278),
     ],
 )
 def test_parameter_counts(name, count):
