@@ -27,7 +27,7 @@ SHIPPED = {
     f"MNIST/{name}"
     for name in [f"{net}/{run}" for net in ("FC", "TTM") for run in "FO SGD SCD SCD_batch SCD_esti STP mix".split()]
     + "TT/FO TT/SGD TT/SCD TT/SCD_esti TTM/GraSP/FO TTM/GraSP/SCD TTM/GraSP/SCD_esti CNN/FO CNN/SCD_esti".split()
-    + "TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
+    + "CNN/few_esti pooled/FO pooled/SGD TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
 }
 # A net of 4 hidden units of whose 3,176 weights 96 are left; 4 steps an epoch.
 SMALL = """
@@ -194,7 +194,8 @@ def test_name_and_hash(small, tmp_path):
     assert load_config(below).hash() == load_config(small).hash()  # of what is run, not of where it is written
     for other in ({"optimizer.lr": 0.051}, {"pruning.modules": ["fc1"]}):
         assert load_config(small, other).hash() != load_config(small).hash()
-    assert load_config(small, {"pruning.modules": None}).hash() == load_config(small).hash()
+    assert load_config(small, {"pruning.modules": None, "model.pool": 1}).hash() == load_config(small).hash()
+    assert "pool" not in load_config(small).model_dump()["model"]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
     assert 0 <= record["test_accuracy"] <= 1
     if config.optimizer.name == "FO":  # two epochs, of 32 batches, are enough to be well above chance
         assert record["queries"] == 64 and record["test_accuracy"] > 0.3
-    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278}[name.split("/")[1]]
+    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278, "pooled": 18_540}[name.split("/")[1]]
     assert record["parameters"] == (3_962 if "rank6" in name else parameters)
     trained = {"FC": 10_164, "GraSP": 752}
     assert record["trained_parameters"] == next((n for k, n in trained.items() if k in name), record["parameters"])

@@ -12,6 +12,7 @@ RANK_6 = {
 }  # fmt: skip
 MODELS = {
     "FC": MNIST_FC,
+    "FC pooled": lambda **options: MNIST_FC(64, 2, **options),
     "CNN": MNIST_CNN,
     "TTM": MNIST_TTM,
     "TTM rank 6": lambda **options: MNIST_TTM(**RANK_6, **options),
@@ -27,7 +28,15 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("FC", 203_264), ("TTM", 1_504), ("photonic", 1_504), ("TTM rank 6", 3_962), ("TT", 10_685), ("CNN", 4_278)],
+    [
+        ("FC", 203_264),
+        ("FC pooled", 13_184),
+        ("TTM", 1_504),
+        ("photonic", 1_504),
+        ("TTM rank 6", 3_962),
+        ("TT", 10_685),
+        ("CNN", 4_278),
+    ],
 )
 def test_parameter_counts(name, count):
     assert sum(parameter.numel() for parameter in MODELS[name]().parameters()) == count
@@ -37,6 +46,16 @@ def test_the_widths_of_the_models_are_arguments():
     assert sum(p.numel() for p in MNIST_FC(hidden=32).parameters()) == 32 * (784 + 10)
     expected = (25 * 4 + 4) + (9 * 4 * 5 + 5) + (9 * 5 * 6 + 6) + (9 * 6 * 10 + 10)
     assert sum(p.numel() for p in MNIST_CNN(widths=[4, 5, 6]).parameters()) == expected
+
+
+def test_a_pooled_input_is_the_mean_of_a_square_of_pixels():
+    model, images = MNIST_FC(8, 4, generator=seeded()), torch.randn(3, 784, generator=seeded(1))
+    pooled = images.view(3, 7, 4, 7, 4).mean((2, 4)).flatten(1)  # (3, 49)
+    expected = (pooled @ model.fc1.weight.T).relu() @ model.fc2.weight.T
+    torch.testing.assert_close(model(images), expected)
+    for pool in (0, 3):
+        with pytest.raises(ValueError, match="divisor of 28"):
+            MNIST_FC(8, pool)
 
 
 @every_model

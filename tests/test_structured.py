@@ -200,6 +200,7 @@ def test_losses_of_every_layer_type_in_float32(kind, mode, batch):
     "model",
     [
         lambda: MNIST_FC(24),
+        lambda: MNIST_FC(24, 2),
         lambda: MNIST_TTM(),
         lambda: MNIST_TTM(bias=True, layer="TensorizedLinear_module_tonn"),
         lambda: MNIST_TT(max_rank=3, bias=True),

@@ -28,6 +28,11 @@ class FC(Group):
 
     name: Literal["MNIST_FC"]
     hidden: int = Field(256, ge=1, description="hidden units")
+    pool: Literal[1, 2, 4, 7, 14] = Field(
+        1,
+        exclude_if=lambda pool: pool == 1,  # so configs without it keep their hash, and their records
+        description="an input is the mean of so many pixels squared",
+    )
 
 
 Factors = list[Annotated[int, Field(ge=1)]]

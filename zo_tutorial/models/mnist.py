@@ -36,12 +36,30 @@ class _TwoLayers(nn.Module):
 
 
 class MNIST_FC(_TwoLayers):
-    """Dense 784–hidden–10 without biases: 203,264 parameters with hidden = 256."""
+    """Dense 784–hidden–10 without biases: 203,264 parameters with hidden = 256.
 
-    def __init__(self, hidden: int = 256, *, generator: Generator | None = None):
-        fc1 = _kaiming(nn.utils.skip_init(nn.Linear, PIXELS, hidden, bias=False), generator)
+    Args:
+        hidden: the number of hidden units.
+        pool: side of the squares of pixels whose mean is one input, a divisor of 28: (28 / pool)² inputs. With 2 and 64
+            hidden units 13,184 parameters, with 4 and 25 units 1,475.
+
+    Raises:
+        ValueError: pool is no divisor of 28.
+    """
+
+    def __init__(self, hidden: int = 256, pool: int = 1, *, generator: Generator | None = None):
+        if pool < 1 or 28 % pool:
+            raise ValueError(f"pool must be a divisor of 28, not {pool}")
+        inputs = (28 // pool) ** 2
+        fc1 = _kaiming(nn.utils.skip_init(nn.Linear, inputs, hidden, bias=False), generator)
         fc2 = _kaiming(nn.utils.skip_init(nn.Linear, hidden, CLASSES, bias=False), generator)
         super().__init__(fc1, fc2)
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.pool > 1:
+            images = F.avg_pool2d(images.reshape(len(images), 1, 28, 28), self.pool)  # (B, 1, 28/pool, 28/pool)
+        return super().forward(images)
 
 
 class MNIST_TTM(_TwoLayers):
