@@ -96,7 +96,7 @@ def test_files_of_others_are_refused_with_one_line_and_by_restarts_too(tmp_path)
 def test_a_record_is_written_by_one_process_only(tmp_path):
     (tmp_path / "config.yml").write_text(CONFIG)
     config, out = load_config(tmp_path / "config.yml"), tmp_path / "record.json"
-    with outputs(config, out, False, None):
+    with outputs(config, out, None, False, None):
         with pytest.raises(ExperimentError, match=r"record\.json: another process is writing it"):
             run(config, out=out, quiet=True)
     assert not (tmp_path / "record.json.lock").exists()
@@ -118,7 +118,7 @@ def test_shards_are_all_runs_once(capsys):
 
 def test_what_another_process_is_making_is_left_to_it_and_waited_for(tmp_path):
     runs = load_table("mnist", quick=True, only="FC/SGD")[:1]
-    with outputs(runs[0].config, tmp_path / runs[0].file, False, None):
+    with outputs(runs[0].config, tmp_path / runs[0].file, None, False, None):
         pid = os.fork()
         if not pid:
             try:
