@@ -35,7 +35,8 @@ EVERYTHING = {
 
 METHODS = ("FO", "SCD", "SCD_batch", "SCD_esti", "SGD")
 SMALL = [f"ATIS/{net}/{method}" for net in ("GraSP", "TTM") for method in METHODS]
-PROVIDED = sorted(SMALL + [f"ATIS/{net}/full_{method}" for net in ("GraSP", "TTM") for method in METHODS])
+TUNING = ["ATIS/fine_tuning/directions", "ATIS/fine_tuning/synthetic_FO"]
+PROVIDED = sorted(SMALL + TUNING + [f"ATIS/{net}/full_{method}" for net in ("GraSP", "TTM") for method in METHODS])
 
 
 @pytest.fixture

@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
     turn = commands.add_parser("run_tensors", allow_abbrev=False, help="train the encoder by all its configs in turn")
     turn.set_defaults(command=_run_tensors)
-    turn.add_argument("names", nargs="*", metavar="NAME", help="configs such as ATIS/TTM/FO; none: all but full size")
+    what = "configs such as ATIS/TTM/FO; none: all but those of full size and of fine-tuning"
+    turn.add_argument("names", nargs="*", metavar="NAME", help=what)
     turn.add_argument("--seed", type=int, help="training.seed")
     turn.add_argument("--data", choices=("auto", "full", "embedded"), help="data.source")
     again = commands.add_parser("reproduce", allow_abbrev=False, help="make a table of runs again, and compare")
@@ -207,7 +208,7 @@ def _overrides(values: dict, arguments: argparse.Namespace) -> dict:
 def _run_tensors(arguments: argparse.Namespace) -> None:
     provided = [name for name in names() if name.startswith("ATIS/")]
     chosen = [name.removeprefix("configs/").removesuffix(".yml") for name in arguments.names]
-    chosen = chosen or [name for name in provided if "/full_" not in name]
+    chosen = chosen or [name for name in provided if "/full_" not in name and "/fine_tuning/" not in name]
     for name in chosen:
         if name not in provided:
             raise ExperimentError(f"{name}: is no encoder experiment of the package; there are {', '.join(provided)}")
