@@ -27,7 +27,7 @@ SHIPPED = {
     f"MNIST/{name}"
     for name in [f"{net}/{run}" for net in ("FC", "TTM") for run in "FO SGD SCD SCD_batch SCD_esti STP mix".split()]
     + "TT/FO TT/SGD TT/SCD TT/SCD_esti TTM/GraSP/FO TTM/GraSP/SCD TTM/GraSP/SCD_esti CNN/FO CNN/SCD_esti".split()
-    + "CNN/few_esti pooled/FO pooled/SGD TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
+    + "CNN/few_SCD_esti pooled/FO pooled/SGD TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
 }
 # A net of 4 hidden units of whose 3,176 weights 96 are left; 4 steps an epoch.
 SMALL = """

@@ -35,7 +35,7 @@ EVERYTHING = {
 
 METHODS = ("FO", "SCD", "SCD_batch", "SCD_esti", "SGD")
 SMALL = [f"ATIS/{net}/{method}" for net in ("GraSP", "TTM") for method in METHODS]
-TUNING = ["ATIS/fine_tuning/directions", "ATIS/fine_tuning/synthetic_FO"]
+TUNING = ["ATIS/fine_tuning/SGD", "ATIS/fine_tuning/synthetic_FO"]
 PROVIDED = sorted(SMALL + TUNING + [f"ATIS/{net}/full_{method}" for net in ("GraSP", "TTM") for method in METHODS])
 
 
