@@ -126,9 +126,10 @@ def test_two_workers_of_which_one_is_killed_go_on_and_end_as_one(tmp_path):
     config, moments = config_of("esti", tmp_path), random.Random(0)
     undisturbed, out = tmp_path / "undisturbed.json", tmp_path / "killed.json"
     go_on(config, undisturbed)
-    whole, killed, lost = seconds_of(config, tmp_path), 0, 0
-    for k in range(MOMENTS):
-        pids = [forked(go_on_together, config, out, rank, tmp_path / f"rendezvous {k}") for rank in range(2)]
+    whole, started, killed, lost = seconds_of(config, tmp_path), 0, 0, 0
+    while killed < MOMENTS:
+        meeting, started = tmp_path / f"rendezvous {started}", started + 1
+        pids = [forked(go_on_together, config, out, rank, meeting) for rank in range(2)]
         time.sleep(moments.uniform(0.0, 1.5 * whole))
         os.kill(pids[moments.randrange(2)], signal.SIGKILL)
         codes = [ended(pid) for pid in pids]
@@ -138,7 +139,7 @@ def test_two_workers_of_which_one_is_killed_go_on_and_end_as_one(tmp_path):
             check_like(out, undisturbed)
             out.unlink()
             out.with_suffix(".ckpt").unlink()
-    assert killed > MOMENTS / 2 and lost
+    assert lost
     go_on(config, out)  # and one alone finishes what two began
     check_like(out, undisturbed)
 
