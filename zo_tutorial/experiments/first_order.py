@@ -21,7 +21,7 @@ class FirstOrder(ZerothOrderOptimizer):
 
     Args:
         checkpointing: keep what goes into each block of the model, and run the block again in the backward pass (Chen
-            et al., 2016): a third more time for the memory of one block. The result is the same.
+            et al., 2016): more time, and what is inside is held for one block at a time. The result is the same.
 
     Raises:
         ValueError: adam with momentum or dampening, an unknown layer or parameter name, a mask that keeps nothing,

@@ -19,8 +19,8 @@ class ForwardMode(ZerothOrderOptimizer):
     """Forward gradients, ĝ = 1/n Σ_i (u_iᵀ∇L) u_i (Baydin et al., 2022; chapter 14).
 
     The estimate of `ZO_SGD_mask` without σ: u_iᵀ∇L is exact. A pass carries the derivative along u_i from number to
-    number, so it takes about two forward passes of time and of memory, whatever the depth. Unlike a query it needs the
-    network's weights and the inside of it. A step counts n queries, one a direction.
+    number and keeps no graph. It took the time of three to five forward passes on an encoder of four blocks. Unlike a
+    query it needs the network's weights and the inside of it. A step counts n queries, one a direction.
 
     Args:
         n_sample: number of directions n.
@@ -85,9 +85,11 @@ class ForwardMode(ZerothOrderOptimizer):
         with forward_ad.dual_level(), seeded(seed):
             pairs = []
             for name, piece in direction.items():
-                parameter = self.trained[name]
-                tangent = torch.zeros_like(parameter)
-                tangent.view(-1)[self.index[name]] = piece.to(tangent)
+                parameter, kept = self.trained[name], self.index[name]
+                tangent = piece.to(parameter)
+                if not isinstance(kept, range):
+                    tangent = torch.zeros_like(parameter).view(-1).index_copy_(0, kept, tangent)
+                tangent = tangent.view_as(parameter)
                 pairs.append((slots_of(self.module, parameter), forward_ad.make_dual(parameter, tangent)))
             with substituted(pairs):
                 outputs = call(self.module, inputs)
