@@ -88,7 +88,7 @@ class ForwardMode(ZerothOrderOptimizer):
                 parameter, kept = self.trained[name], self.index[name]
                 tangent = piece.to(parameter)
                 if not isinstance(kept, range):
-                    tangent = torch.zeros_like(parameter).view(-1).index_copy_(0, kept, tangent)
+                    tangent = tangent.new_zeros(parameter.numel()).index_copy_(0, kept, tangent)
                 tangent = tangent.view_as(parameter)
                 pairs.append((slots_of(self.module, parameter), forward_ad.make_dual(parameter, tangent)))
             with substituted(pairs):
