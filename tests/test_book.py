@@ -100,7 +100,7 @@ def test_a_chapter_is_named_by_a_link_that_has_its_number(page):
     text = without_code(prose(page) if page in CHAPTERS else (BOOK / f"{page}.md").read_text())
     assert [(number, file) for number, file in LINK.findall(text) if int(number) != int(file)] == []
     bare = re.findall(r"[Cc]hapters?\s\d+.{,30}", LINK.sub("", text))
-    assert bare == [], "write [chapter 9](09_cheap_queries.ipynb): the page then has the number of the table of contents"
+    assert bare == [], "write [chapter 9](09_cheap_queries.ipynb), so that pages count it themselves"
 
 
 @pytest.mark.parametrize("page", [*CHAPTERS, *PAGES])

@@ -1,14 +1,16 @@
-"""References between chapters by their files: the number that a page shows is the chapter's in the table of contents.
+"""References between chapters by their files: a page shows the number in the table of contents.
 
-Notebooks link to a chapter as `[chapter 9](09_cheap_queries.ipynb)`, which reads on a code host too. Should the number
-differ from the table of contents, the page has the right one, and `tests/test_book.py` fails. Docstrings of the package
-say "Chapter 9" and no more: that becomes such a link, to the file whose name starts with 09.
+Notebooks link to a chapter as `[chapter 9](09_cheap_queries.ipynb)`, which reads on a code host
+too. Should the number differ from the table of contents, the page has the right one, and
+`tests/test_book.py` fails. Docstrings of the package say "Chapter 9" and no more: that becomes
+such a link, to the file whose name starts with 09.
 """
 
 import re
 
 from docutils import nodes
 
+FILE = re.compile(r"(?:.*/)?(\d\d_\w+)\.html(?:#.*)?")
 NAMED = re.compile(r"[Cc]hapters? \d+(?:(?:, | and | to )\d+)*\b")
 NUMBER = re.compile(r"([Cc]hapter )?(\d+)\b")
 
@@ -16,8 +18,7 @@ NUMBER = re.compile(r"([Cc]hapter )?(\d+)\b")
 def renumber(app, doctree, docname):
     """Give links to chapters the chapter's number."""
     for link in doctree.findall(nodes.reference):
-        target = re.fullmatch(r"(?:.*/)?(\d\d_\w+)\.html", link.get("refuri", "").partition("#")[0])
-        text = NUMBER.fullmatch(link.astext())
+        target, text = FILE.fullmatch(link.get("refuri", "")), NUMBER.fullmatch(link.astext())
         if target and text:
             number = app.env.toc_secnumbers[target[1]][""][0]
             link.children = []
