@@ -2,9 +2,11 @@
 
     python tests/browser.py _build/html
 
-On every page: no error on the console, no request that leaves the machine, every equation typeset. In every figure
-made by `explore`: each slider, moved by the arrow keys, changes picture and alternative text. With SCREENSHOTS=folder,
-pictures of every page for people to look at: as wide as a desk and a phone, light and dark, sliders moved.
+On every page: no error on the console, no request that leaves the machine, every equation typeset; nothing scrolls
+sideways on a desk, and on a phone only code, tables and equations do, by themselves; axe-core finds nothing serious,
+light or dark. In every figure made by `explore`: each slider, moved by the arrow keys, changes picture and alternative
+text. With SCREENSHOTS=folder, pictures of every page for people to look at: as wide as a desk and a phone, light and
+dark, sliders moved.
 """
 
 import json
@@ -13,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from axe_core_python.base import AXE_SCRIPT
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-SIZES = {"desk": (1280, 900), "phone": (390, 844)}
+SIZES = {"desk": (1280, 900), "monitor": (1440, 900), "phone": (390, 844)}
 
 
 def open_browser(profile):
@@ -101,13 +104,50 @@ def faults_of_pictures(browser):
             yield f"not loaded: {picture.get_attribute('src')[:80]}"
 
 
-def faults_of_width(browser):
-    """Content that makes a phone scroll sideways."""
-    wide = browser.execute_script(
-        "return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
+def faults_of_width(browser, size):
+    """Content that scrolls sideways: the page itself, on a desk also what is in it, be it folded away."""
+    set_window(browser, size)
+    found = browser.execute_script(
+        """document.querySelectorAll("details").forEach(e => e.open = true);
+        document.querySelectorAll(".toggle-hidden").forEach(e => e.classList.remove("toggle-hidden"));
+        const over = e => e.scrollWidth - e.clientWidth;
+        const parts = [...document.querySelectorAll("article :is(pre, table, div.math, mjx-container[display=true])")];
+        const edge = document.querySelector("article").getBoundingClientRect().right;
+        const wide = parts.filter(e => over(e) > 1 || e.getBoundingClientRect().right > edge + 1);
+        const shadow = e => getComputedStyle(e).backgroundImage != "none" || !e.matches("mjx-container");
+        return [over(document.scrollingElement), wide.filter(e => !shadow(e)).length,
+                wide.map(e => `${over(e)} pixels: ${e.textContent.trim().slice(0, 60)}`)];"""
     )
-    if wide > 1:
-        yield f"the page is {wide} pixels too wide for a phone"
+    page, bare, parts = found
+    if page > 1:
+        yield f"the page is {page} pixels too wide for a {size}"
+    if bare:
+        yield f"{bare} equations scroll without a visible edge"
+    if size != "phone":
+        yield from (f"too wide for a {size}, {part}" for part in parts)
+
+
+def faults_for_readers(browser):
+    """What axe-core calls serious or critical, light and dark. To save time, what repeats is taken out of the page."""
+    browser.execute_script(
+        """const seen = new Set();
+        for (const word of document.querySelectorAll("article :is(pre span, code, code span, em, strong)")) {
+            const place = word.closest(".admonition, .proof, table, pre, p, dt");
+            const kind = word.tagName + word.className + place?.className;
+            if (seen.has(kind)) word.replaceWith(...word.childNodes); else seen.add(kind);
+        }
+        document.querySelectorAll("mjx-container").forEach(e => e.replaceWith("x"));
+        document.querySelectorAll("dl.py ~ dl.py ~ dl.py, .page-toc li ~ li ~ li").forEach(e => e.remove());
+        document.normalize();"""
+    )
+    browser.execute_script(AXE_SCRIPT)
+    for theme, rules in (("light", "{rules: {region: {enabled: false}}}"), ("dark", "{runOnly: ['color-contrast']}")):
+        yield from browser.execute_async_script(
+            f"""document.documentElement.dataset.theme = "{theme}";
+            axe.run(document, {rules}).then(result => arguments[0](result.violations.flatMap(found =>
+                ["serious", "critical"].includes(found.impact) ? found.nodes.map(
+                    node => `{theme}, ${{found.id}}: ${{node.html.slice(0, 200)}} ${{node.failureSummary}}`) : [])));"""
+        )
 
 
 def set_window(browser, size, height=None):
@@ -149,11 +189,16 @@ def main(site):
                 equations += len(browser.find_elements(By.CSS_SELECTOR, "mjx-container"))
                 if folder:
                     shoot(browser, folder, page.stem, "desk")
+                    shoot(browser, folder, page.stem, "monitor")
+                    set_window(browser, "desk")
                     browser.execute_script("document.documentElement.dataset.theme = 'dark'")
                     shoot(browser, folder, f"{page.stem}-dark", "desk")
+                for size in ("desk", "monitor"):
+                    found += faults_of_width(browser, size)
+                found += faults_for_readers(browser)
                 set_window(browser, "phone")
                 visit(browser, page)
-                found += faults_of_width(browser)
+                found += faults_of_width(browser, "phone")
                 if folder:
                     shoot(browser, folder, page.stem, "phone")
                 found += faults_of_logs(browser)
