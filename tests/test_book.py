@@ -110,6 +110,19 @@ def test_links_between_pages_lead_to_files(page):
         assert (BOOK / file).is_file(), file
 
 
+# Pitfalls
+
+
+def test_every_pitfall_names_tests_that_exist_and_a_chapter():
+    entries = re.split(r"^### ", (BOOK / "pitfalls.md").read_text(), flags=re.MULTILINE)[1:]
+    assert len(entries) >= 9
+    for entry in entries:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", entry)
+        assert tests and "**Symptom**: " in entry and LINK.search(entry), entry
+        for file, name in tests:
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
 # Citations
 
 

@@ -1,7 +1,7 @@
 """What Sphinx writes and screen readers stumble over, mended in the finished page.
 
-The parameters of a signature, one a line, are a list without terms: spans instead. The entries of
-a bibliography are no items of the list that they are in.
+The parameters of a signature, one a line, are a list without terms: spans instead. The entries
+of a bibliography are no items of the list that they are in.
 """
 
 import re
