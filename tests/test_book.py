@@ -19,7 +19,7 @@ BOOK = ROOT / "book"
 CHAPTERS = sorted(path.stem for path in BOOK.glob("[0-9][0-9]_*.ipynb"))
 PATH_OF_A_MACHINE = re.compile(r"(?<![\w.])/(home|Users|root|tmp|work|var|opt|usr|mnt)/|[A-Z]:\\\\?Users")
 CODE = r"```\{?code.*?```|`[^`\n]*`"
-LINK = re.compile(r"\[(?:[Cc]hapter )?(\d+)\]\((\d\d)_\w+\.ipynb\)")
+LINK = re.compile(r"\[(?:[Cc]hapter )?(\d+)\]\((\d\d)_\w+\.ipynb(?:#[^)]+)?\)")
 CITATION = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 
 
@@ -106,7 +106,7 @@ def test_a_chapter_is_named_by_a_link_that_has_its_number(page):
 @pytest.mark.parametrize("page", [*CHAPTERS, *PAGES])
 def test_links_between_pages_lead_to_files(page):
     text = without_code(prose(page) if page in CHAPTERS else (BOOK / f"{page}.md").read_text())
-    for file in re.findall(r"\]\(([\w/.]+\.(?:ipynb|md))(?:#[\w-]+)?\)", text):
+    for file in re.findall(r"\]\(([\w/.]+\.(?:ipynb|md))(?:#[^)]+)?\)", text):
         assert (BOOK / file).is_file(), file
 
 
