@@ -138,7 +138,8 @@ def faults_for_readers(browser):
         }
         document.querySelectorAll("mjx-container").forEach(e => e.replaceWith("x"));
         document.querySelectorAll("dl.py ~ dl.py ~ dl.py, .page-toc li ~ li ~ li").forEach(e => e.remove());
-        document.normalize();"""
+        document.normalize();
+        document.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !important }</style>");"""
     )
     browser.execute_script(AXE_SCRIPT)
     for theme, rules in (("light", "{rules: {region: {enabled: false}}}"), ("dark", "{runOnly: ['color-contrast']}")):
