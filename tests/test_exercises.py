@@ -42,7 +42,7 @@ def parts(chapter):
 
 
 def needed(plain, later):
-    """Those of the plain cells on which the values depend that `later` reads; the test of the notebook runs them all."""
+    """The plain cells on which the values depend that `later` reads; the test of the notebook runs them all."""
     calls = {}  # a function or class: the global names in it, read when it is called
     for source in plain:
         for table in symtable.symtable(source, "", "exec").get_children():
