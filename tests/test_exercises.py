@@ -4,6 +4,7 @@
 at least three wrong ones, each run after the right one, so that it need only say what it changes.
 """
 
+import linecache
 import re
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def parts(chapter):
     return plain, asked, solved
 
 
+def execute(source, namespace):
+    """Run a cell. As in a notebook, `inspect.getsource` finds its functions."""
+    name = f"<cell {len(linecache.cache)}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    exec(compile(source, name, "exec"), namespace)
+
+
 class Marks(list):
     """What `mark` returned, call by call."""
 
@@ -48,7 +56,7 @@ class Marks(list):
 
     def of(self, source, namespace):
         self.clear()
-        exec(source, namespace)
+        execute(source, namespace)
         return list(self)
 
 
@@ -72,17 +80,17 @@ def test_checks_take_the_solution_and_no_wrong_answer(chapter, monkeypatch):
     namespace = {"__name__": chapter, "display": lambda *_: None}
     accepted = []
     for source in plain:
-        exec(source, namespace)
+        execute(source, namespace)
         plt.close("all")  # as the notebook does after each cell
     marks = Marks()
     namespace["mark"] = marks.mark
     for label, (*setting, question) in asked.items():
         for source in setting:
-            exec(source, namespace)
+            execute(source, namespace)
         assert BLANK.search(question), f"{label}: no line for the reader to fill in"
         assert not any(marks.of(question, namespace)), f"{label}: no answer is marked right"
         for source in solved[label]:
-            exec(source, namespace)
+            execute(source, namespace)
         right, wrong = answers[label]["right"], answers[label]["wrong"]
         assert len(set(wrong)) >= 3, f"{label}: fewer than three wrong answers"
         heard = marks.of(filled(question, right), dict(namespace))
