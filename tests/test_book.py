@@ -18,12 +18,18 @@ ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(path.stem for path in BOOK.glob("[0-9][0-9]_*.ipynb"))
 PATH_OF_A_MACHINE = re.compile(r"(?<![\w.])/(home|Users|root|tmp|work|var|opt|usr|mnt)/|[A-Z]:\\\\?Users")
+CODE = r"```\{?code.*?```|`[^`\n]*`"
+LINK = re.compile(r"\[(?:[Cc]hapter )?(\d+)\]\((\d\d)_\w+\.ipynb\)")
 CITATION = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 
 
 def toc_files():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     return [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+
+
+def chapter_files():
+    return [file for file in toc_files() if re.match(r"\d\d_", file)]
 
 
 @cache
@@ -65,9 +71,43 @@ def test_every_page_is_in_the_table_of_contents():
     assert pages == set(toc_files())
 
 
-def test_the_map_links_every_chapter():
-    linked = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", (BOOK / "intro.md").read_text())
-    assert linked == CHAPTERS
+def test_chapters_have_the_number_of_their_place():
+    # Pages count the chapters of the table of contents; files, maps and links have the number in their text.
+    assert [int(file[:2]) for file in chapter_files()] == list(range(1, len(CHAPTERS) + 1))
+    assert chapter_files() == CHAPTERS
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_has_one_title_and_below_it_its_question(chapter):
+    first = next(cell.source for cell in read(chapter).cells if cell.cell_type == "markdown")
+    title, question = re.match(r"# (.+)\n\n\*(.+\?)\*\n", first).groups()
+    for page, folder in (BOOK / "intro.md", ""), (ROOT / "README.md", "book/"):
+        assert f"| {int(chapter[:2])} | [{title}]({folder}{chapter}.ipynb) | {question} |" in page.read_text()
+
+
+# References between chapters
+
+
+def without_code(text):
+    return re.sub(CODE, " ", text, flags=re.DOTALL)
+
+
+PAGES = [path.stem for path in sorted(BOOK.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, *PAGES])
+def test_a_chapter_is_named_by_a_link_that_has_its_number(page):
+    text = without_code(prose(page) if page in CHAPTERS else (BOOK / f"{page}.md").read_text())
+    assert [(number, file) for number, file in LINK.findall(text) if int(number) != int(file)] == []
+    bare = re.findall(r"[Cc]hapters?\s\d+.{,30}", LINK.sub("", text))
+    assert bare == [], "write [chapter 9](09_cheap_queries.ipynb), so that pages count it themselves"
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, *PAGES])
+def test_links_between_pages_lead_to_files(page):
+    text = without_code(prose(page) if page in CHAPTERS else (BOOK / f"{page}.md").read_text())
+    for file in re.findall(r"\]\(([\w/.]+\.(?:ipynb|md))(?:#[\w-]+)?\)", text):
+        assert (BOOK / file).is_file(), file
 
 
 # Citations

@@ -4,7 +4,9 @@
 at least three wrong ones, each run after the right one, so that it need only say what it changes.
 """
 
+import ast
 import re
+import symtable
 from pathlib import Path
 
 import matplotlib
@@ -39,6 +41,55 @@ def parts(chapter):
     return plain, asked, solved
 
 
+def needed(plain, later):
+    """The plain cells on which the values depend that `later` reads; the test of the notebook runs them all."""
+    calls = {}  # a function or class: the global names in it, read when it is called
+    for source in plain:
+        for table in symtable.symtable(source, "", "exec").get_children():
+            calls.setdefault(table.get_name(), set()).update(globals_in(table))
+    names, kept = with_calls(reads(later), calls), []
+    for source in reversed(plain):
+        bound = {one.get_name() for one in symtable.symtable(source, "", "exec").get_symbols() if is_bound(one)}
+        if (bound | changed(source)) & names or "torch.set_" in source:
+            names = with_calls((names - bound) | reads(source), calls)
+            kept.insert(0, source)
+    return kept
+
+
+def is_bound(symbol):
+    return symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+
+
+def reads(source):
+    """The global names that some code reads, and those read in functions that it defines."""
+    top = symtable.symtable(source, "", "exec")
+    read = {one.get_name() for one in top.get_symbols() if one.is_referenced()}
+    return read.union(*map(globals_in, top.get_children()))
+
+
+def globals_in(table):
+    here = {one.get_name() for one in table.get_symbols() if one.is_global()}
+    return here.union(*map(globals_in, table.get_children()))
+
+
+def with_calls(names, calls):
+    while more := set().union(*(calls.get(name, ()) for name in names)) - names:
+        names = names | more
+    return names
+
+
+def changed(source):
+    """The names of objects that some code may change: x.a = …, x[i] = …, x.step(), train(x); drawing changes none."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            names.add(ast.unparse(node).split(".")[0].split("[")[0])
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            of = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            names |= set() if of & {"plt", "ax", "axes", "print", "display", "explore"} else of
+    return names
+
+
 class Marks(list):
     """What `mark` returned, call by call."""
 
@@ -71,7 +122,9 @@ def test_checks_take_the_solution_and_no_wrong_answer(chapter, monkeypatch):
     assert answers.keys() == asked.keys()
     namespace = {"__name__": chapter, "display": lambda *_: None}
     accepted = []
-    for source in plain:
+    texts = [source for cells in [*asked.values(), *solved.values()] for source in cells]
+    texts += [answer for entry in answers.values() for answer in [entry["right"], *entry["wrong"]]]
+    for source in needed(plain, "\n".join(texts)):
         exec(source, namespace)
         plt.close("all")  # as the notebook does after each cell
     marks = Marks()

@@ -47,7 +47,7 @@ def used(chapter):
 @cache
 def listed():
     """{"": the symbols of all chapters, "01": those that chapter 1 has for itself, …}."""
-    parts = re.split(r"^## Chapter (\d+).*$", (BOOK / "notation.md").read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^## \[Chapter (\d+)\].*$", (BOOK / "notation.md").read_text(), flags=re.MULTILINE)
     tables = {"": parts[0]} | {f"{int(number):02}": text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
     rows = {key: re.findall(r"^\| *(\$.*?\$[^|]*)\|", text, flags=re.MULTILINE) for key, text in tables.items()}
     return {key: set().union(*map(symbols, found)) for key, found in rows.items()}

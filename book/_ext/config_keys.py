@@ -1,4 +1,4 @@
-"""The directive `config-keys`: the keys of one group of a config, from the schema that checks them."""
+"""The directive `config-keys`: the keys of one group of a config, from their schema."""
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -6,13 +6,19 @@ from sphinx.util.docutils import SphinxDirective
 
 from zo_tutorial.experiments.schema import Config
 
-TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 SCHEMA = Config.model_json_schema()
 
 
 class ConfigKeys(SphinxDirective):
-    """One argument, a class of `zo_tutorial.experiments.schema`; or none: the groups of a config."""
+    """A class of `zo_tutorial.experiments.schema`; without one, the groups of a config."""
 
     optional_arguments = 1
 
@@ -26,7 +32,10 @@ class ConfigKeys(SphinxDirective):
             if "const" in field:  # the group's name
                 continue
             required = key in group.get("required", ()) or "default" not in field
-            parts = [_kind(field), "no default" if required else f"default `{_written(field['default'])}`"]
+            parts = [
+                _kind(field),
+                "no default" if required else f"default `{_written(field['default'])}`",
+            ]
             meaning = field.get("description", "")
             lines += [f"`{key}`", f": {', '.join(parts)}{': ' * bool(meaning)}{meaning}", ""]
         node = nodes.container()
@@ -46,8 +55,12 @@ def _kind(field: dict) -> str:
     if "enum" in field:
         return " or ".join(f"`{name}`" for name in field["enum"])
     if field.get("type") == "array":
-        return "list of: " + " and ".join(map(_kind, field.get("prefixItems") or [field["items"]]))
-    limits = " and ".join(f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field)
+        return "list of: " + " and ".join(
+            map(_kind, field.get("prefixItems") or [field["items"]])
+        )
+    limits = " and ".join(
+        f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field
+    )
     return f"{TYPES[field['type']]} {limits}".strip()
 
 
