@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 from zo_tutorial.experiments.schema import Config
 
@@ -83,6 +84,17 @@ def test_a_chapter_has_one_title_and_below_it_its_question(chapter):
     title, question = re.match(r"# (.+)\n\n\*(.+\?)\*\n", first).groups()
     for page, folder in (BOOK / "intro.md", ""), (ROOT / "README.md", "book/"):
         assert f"| {int(chapter[:2])} | [{title}]({folder}{chapter}.ipynb) | {question} |" in page.read_text()
+
+
+def test_the_pictures_of_the_start_page_show_the_book_as_it_is(monkeypatch):
+    monkeypatch.syspath_prepend(BOOK / "_ext")
+    import pictures
+
+    drawn = {name: Image.open(BOOK / f"_static/{name}.png") for name in ("map", "learning")}
+    told = {name: json.loads(image.info["Description"]) for name, image in drawn.items()}
+    assert told["map"] == json.loads(json.dumps([pictures.needs(), pictures.titles()])), "run book/_ext/pictures.py"
+    shares = {queries: share for queries, (_, share) in pictures.learning()[1].items()}
+    assert shares == pytest.approx({int(queries): share for queries, (_, share) in told["learning"].items()}, abs=0.05)
 
 
 # References between chapters

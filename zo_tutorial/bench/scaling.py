@@ -10,7 +10,9 @@ tells what a core for each worker would give: the processor time of a step alone
 `fixed` is what a step takes outside of its queries, and every worker repeats: the first pass, directions, estimate and
 update. `bound` is the gain that this leaves (Amdahl). `beside` is the step by itself while the other cores do the same:
 where it takes longer than alone, the workers are in each other's way with no word said, and the gain cannot exceed
-`bound` times alone over beside. `balance` is the mean over the busiest of the workers' processor times. Chapter 12.
+`bound` times alone over beside. `balance` is the mean over the busiest of the workers' processor times. `repeated` is the
+share of a step that each worker does anew, within its queries too: what the workers' shared step takes of processor
+time in all, over what whole steps side by side take, tells it. Chapter 12.
 """
 
 import copy
@@ -105,7 +107,7 @@ def scaling(workers: int, quick: bool) -> list[dict]:
 
     Returns:
         Rows with `step, workers, queries, alone_s, beside_s, together_s, gain, core_gain, lowest, highest, fixed_s,
-        bound, balance, bytes, same_bits`: queries and bytes of a step, medians in seconds, the ratio of the medians,
+        bound, balance, repeated, bytes, same_bits`: queries and bytes of a step, medians in seconds, the ratio of the medians,
         the same by processor time, and the lowest and highest ratio of a pair of steps.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
@@ -156,6 +158,8 @@ def _row(name: str, cases: dict[str, Case], alone: Step, beside: Step, rounds: i
     busy = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(busy, mine)
     spent = [one.item() for one in busy]
+    whole = torch.tensor(statistics.median(beside.busy[WARM:]), dtype=torch.float64)
+    dist.all_reduce(whole)  # of N steps
     fixed = statistics.median([a - b for a, b in zip(one, alone.asking[WARM:], strict=True)] or [1.0])
     ratios = [a / b for a, b in zip(one or many, many, strict=True)]
     return {
@@ -172,6 +176,7 @@ def _row(name: str, cases: dict[str, Case], alone: Step, beside: Step, rounds: i
         "fixed_s": fixed,
         "bound": alone_s / (fixed + (alone_s - fixed) / size),
         "balance": statistics.mean(spent) / max(spent),
+        "repeated": (sum(spent) * size / whole.item() - 1) / (size - 1) if size > 1 else 1.0,
         "bytes": (after[1] - before[1]) // rounds,
         "same_bits": all(map(torch.equal, *weights)),
     }
