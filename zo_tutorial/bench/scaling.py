@@ -10,9 +10,9 @@ tells what a core for each worker would give: the processor time of a step alone
 `fixed` is what a step takes outside of its queries, and every worker repeats: the first pass, directions, estimate and
 update. `bound` is the gain that this leaves (Amdahl). `beside` is the step by itself while the other cores do the same:
 where it takes longer than alone, the workers are in each other's way with no word said, and the gain cannot exceed
-`bound` times alone over beside. `balance` is the mean over the busiest of the workers' processor times. `repeated` is the
-share of a step that each worker does anew, within its queries too: what the workers' shared step takes of processor
-time in all, over what whole steps side by side take, tells it. Chapter 12.
+`bound` times alone over beside. `balance` is the mean over the busiest of the workers' processor times. `repeated` is
+the share of a step that each worker does anew, within its queries too: what the shared step takes of processor time in
+all, over what whole steps side by side take, tells it. Chapter 12.
 """
 
 import copy
@@ -107,8 +107,8 @@ def scaling(workers: int, quick: bool) -> list[dict]:
 
     Returns:
         Rows with `step, workers, queries, alone_s, beside_s, together_s, gain, core_gain, lowest, highest, fixed_s,
-        bound, balance, repeated, bytes, same_bits`: queries and bytes of a step, medians in seconds, the ratio of the medians,
-        the same by processor time, and the lowest and highest ratio of a pair of steps.
+        bound, balance, repeated, bytes, same_bits`: queries and bytes of a step, medians in seconds, the ratio of the
+        medians, the same by processor time, and the lowest and highest ratio of a pair of steps.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command = [*torchrun, "-m", "zo_tutorial.bench.scaling", "5" if quick else "21"]
