@@ -7,12 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from zo_tutorial.__main__ import main
 from zo_tutorial.experiments import ExperimentError, load_config, run
@@ -52,6 +54,7 @@ def forked(work, *arguments) -> int:
     pid = os.fork()
     if pid:
         return pid
+    tqdm.set_lock(threading.RLock())  # not the one of all processes: whoever is killed with that in hand stops the others
     try:
         work(*arguments)
         os._exit(0)
