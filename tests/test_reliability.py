@@ -54,7 +54,7 @@ def forked(work, *arguments) -> int:
     pid = os.fork()
     if pid:
         return pid
-    tqdm.set_lock(threading.RLock())  # not the one of all processes: whoever is killed with that in hand stops the others
+    tqdm.set_lock(threading.RLock())  # not the one of all processes: killed with that in hand, it would stop all
     try:
         work(*arguments)
         os._exit(0)
