@@ -13,7 +13,18 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 350  # lines
 # A unit imports from those of earlier lines only. The package itself gathers the names that users import.
 ARROWS = [
-    {"data", "tensor", "directions", "randomness", "substitution", "temperature", "exercises", "viz", "workers"},
+    {
+        "data",
+        "tensor",
+        "directions",
+        "randomness",
+        "substitution",
+        "temperature",
+        "exercises",
+        "viz",
+        "diagrams",
+        "workers",
+    },
     {"models", "selection", "low_rank"},
     {"queries"},
     {"estimators"},

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -264,3 +265,17 @@ def test_two_figures_and_a_slider(chapter):
 def test_the_page_of_configs_has_every_group_of_the_schema():
     named = re.findall(r"```\{config-keys\} (\w+)", (BOOK / "configs.md").read_text())
     assert sorted(named) == sorted(Config.model_json_schema()["$defs"])
+
+
+def test_a_table_has_one_row_of_heads(monkeypatch):
+    monkeypatch.syspath_prepend(BOOK / "_ext")
+    from tables import in_one_row
+
+    plain = pd.DataFrame({"a": [1], "b": [2]})
+    named, double = plain.rename_axis("n"), plain.set_index(["a", "b"]).assign(c=3)
+    for table, heads in ((plain, ["", "a", "b"]), (named, ["n", "a", "b"]), (double, ["a", "b", "c"])):
+        made = in_one_row(table.to_html())
+        assert re.findall("<th>(.*?)</th>", made.split("</thead>")[0]) == heads
+        assert made.split("</thead>")[1] == table.to_html().split("</thead>")[1]
+    for unchanged in (named.rename_axis(columns="k"), pd.concat({"x": plain}, axis=1).rename_axis("n")):
+        assert in_one_row(unchanged.to_html()) == unchanged.to_html()

@@ -77,7 +77,7 @@ def test_a_file_here_comes_before_the_package(elsewhere, capsys):
 def test_list(capsys):
     assert main(["mnist", "--list"]) == 0
     lines = capsys.readouterr().out.split()
-    assert len(lines) == 29 and "MNIST/TTM/GraSP/SCD.yml" in lines
+    assert len(lines) == 31 and "MNIST/TTM/GraSP/SCD.yml" in lines
 
 
 def test_help_is_no_error(capsys):

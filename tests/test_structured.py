@@ -231,6 +231,47 @@ def joint(outputs, targets):
     return F.cross_entropy(whole, targets[0]) + F.cross_entropy(token.flatten(0, 1), targets[1].flatten())
 
 
+CONVOLUTIONS = {
+    "2d": ((2, 13, 12), nn.Conv2d, dict(kernel_size=(3, 2), stride=(1, 2), padding=(1, 3), dilation=(1, 2), groups=2)),
+    "strides": ((2, 26, 25), nn.Conv2d, dict(kernel_size=2, stride=2, padding=1)),
+    "circular": ((2, 12, 12), nn.Conv2d, dict(kernel_size=3, padding="same", padding_mode="circular")),
+    "1d": ((2, 20), nn.Conv1d, dict(kernel_size=4, padding=2, dilation=2, padding_mode="reflect")),
+}
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_some_or_all_patches_and_images_of_any_size(name, few):
+    """Few weights are asked by their patches alone; a large image is convolved, a small one multiplied by a matrix."""
+    torch.manual_seed(0)
+    shape, convolution, options = CONVOLUTIONS[name]
+    second = convolution(4, 3, kernel_size=3, stride=2, padding=1)
+    model = nn.Sequential(convolution(2, 4, **options), nn.GELU(), second, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    compare_some_or_all(model, torch.randn(4, *shape), few)
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("size", [12, 40])
+def test_a_convolution_with_one_place_of_a_large_image_may_end_in_cross_entropy(size, few):
+    last = nn.Conv2d(4, 3, 2, dilation=size - 1)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), last, nn.Flatten())
+    compare_some_or_all(model, torch.randn(5, 2, size, size, generator=torch.Generator().manual_seed(0)), few)
+
+
+def compare_some_or_all(model, images, few):
+    """One or two coordinates of each parameter, or all of them, as in the loop, and from the structure."""
+    images, targets = images.double(), torch.tensor([0, 1, 2, 1, 0])[: len(images)]
+    model.double()(images)
+    queries, loop = pair(model, "structured")
+    close(queries.start(images, targets, 0)[1], loop.start(images, targets, 0)[1])
+    for parameter_name, parameter in loop.parameters.items():
+        entries = parameter.numel()
+        for index in ([entries // 2], [0, entries - 1]) if few else (range(entries),):
+            question = parameter_name, torch.tensor(index), [0.1, -0.05]
+            close(queries.coordinates(*question), loop.coordinates(*question))
+    assert {way for way, _ in queries.ways().values()} == {"structured"}
+
+
 @pytest.mark.parametrize("ignored", [0, 5])
 def test_only_one_term_of_a_joint_cross_entropy_moves(batch, ignored):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -216,3 +217,35 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
     assert again.returncode == 0, again.stderr
     made = {line.split(":")[0] for line in again.stdout.splitlines() if line.split(":")[0].endswith(".json")}
     assert kept and kept.isdisjoint(made) and len(kept | made) == 10
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from zo_tutorial.__main__ import main
+from zo_tutorial.experiments import tables
+if __name__ == "__main__":
+    tables.TABLES = Path.cwd()
+    sys.exit(main(["reproduce", "small", "--jobs", "1", "--out", "made"]))
+"""
+
+
+def test_a_command_that_is_killed_leaves_no_process_behind(table, tmp_path):
+    table(rows=[{"config": "MNIST/TTM/SCD_esti"}], set={"data.source": "embedded"})  # takes minutes
+    (tmp_path / "command.py").write_text(KILLED)
+    process = subprocess.Popen([sys.executable, "command.py"], cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "made").glob("*.lock")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None and list((tmp_path / "made").glob("*.lock"))
+    process.kill()  # the one process that was started, not the one that it has started
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    try:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -209,7 +209,8 @@ class _Explorer:
     def _html(self):
         """Picture, sliders and the lines of script that move it; no id, so that many may stand on one page."""
         pngs, alts = zip(*self.frames, strict=True)
-        label = html.escape(f"Figure with sliders: {', '.join(self.grid)}")
+        named = {name.replace("_", " "): texts for name, texts in self.texts.items()}
+        label = html.escape(f"Figure with sliders: {', '.join(named)}")
         state = {"pngs": pngs, "alts": alts, "texts": list(self.texts.values())}
         sliders = "".join(
             f'<label style="display:flex;gap:0.7em;align-items:center;margin:0.3em 0">'
@@ -217,7 +218,7 @@ class _Explorer:
             f'<input type="range" min="0" max="{len(texts) - 1}" step="1" value="0" autocomplete="off"'
             f' aria-label="{html.escape(name)}" aria-valuetext="{html.escape(texts[0])}" style="flex:1">'
             f'<output style="min-width:4em">{html.escape(texts[0])}</output></label>'
-            for name, texts in self.texts.items()
+            for name, texts in named.items()
         )
         return (
             f'<div class="zo-explore" role="group" aria-label="{label}" style="max-width:696px"'
@@ -232,7 +233,9 @@ class _Explorer:
         picture = ipywidgets.HTML(_img(*self.frames[0]))
         sliders = {
             name: ipywidgets.SelectionSlider(
-                options=[(text, k) for k, text in enumerate(texts)], description=name, continuous_update=False
+                options=[(text, k) for k, text in enumerate(texts)],
+                description=name.replace("_", " "),
+                continuous_update=False,
             )
             for name, texts in self.texts.items()
         }

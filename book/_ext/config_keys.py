@@ -58,6 +58,8 @@ def _kind(field: dict) -> str:
         return "list of: " + " and ".join(
             map(_kind, field.get("prefixItems") or [field["items"]])
         )
+    if field.get("type") == "object":
+        return f"by name: {_kind(field['additionalProperties'])}"
     limits = " and ".join(
         f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field
     )

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from zo_tutorial.experiments.errors import ExperimentError
-from zo_tutorial.experiments.fields import Group
+from zo_tutorial.experiments.fields import MODULES, NUMBER, Group
 from zo_tutorial.experiments.schema import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -78,7 +78,7 @@ def _quick(config: Config) -> dict:
     if method.name == "SCD":
         kind = "encoder" if config.model.name == "Encoder" else method.grad_estimator
         steps, skipped = QUICK_SCD[kind]
-        sparsity = max(skipped, method.grad_sparsity)
+        sparsity = _at_least(skipped, method.grad_sparsity)
     match group.name:
         case "FO" | "forward_mode" | "SGD":
             values["training.max_steps"] = 2 * epoch
@@ -94,9 +94,17 @@ def _quick(config: Config) -> dict:
             values["training.max_steps"] = -(-examples // size)
             for name, part in (("heads", group.heads), ("body", group.body)):
                 values[f"optimizer.{name}.method.lr"] = 2 * part.method.lr
-                if part.method.name == "SCD" and part.method.grad_sparsity > 0:
-                    values[f"optimizer.{name}.method.grad_sparsity"] = max(QUICK_SPLIT, part.method.grad_sparsity)
+                if part.method.name == "SCD" and part.method.grad_sparsity != 0:
+                    sparsity = _at_least(QUICK_SPLIT, part.method.grad_sparsity)
+                    values[f"optimizer.{name}.method.grad_sparsity"] = sparsity
     return values
+
+
+def _at_least(skipped: float, sparsity: float | dict[str, float]) -> float | dict[str, float]:
+    """`grad_sparsity` where nowhere less is skipped."""
+    if isinstance(sparsity, dict):
+        return {module: max(skipped, share) for module, share in sparsity.items()}
+    return max(skipped, sparsity)
 
 
 def _find(path: str | Path) -> Path:
@@ -158,6 +166,7 @@ def _check(values: dict, file: Path) -> Config:
 def explain(error: ErrorDetails) -> str:
     """One error of pydantic as "key: what is wrong and what is allowed"."""
     where, given, context = list(error["loc"]), error["input"], error.get("ctx", {})
+    where = [key for key in where if key not in (NUMBER, MODULES)]
     group = Config.model_fields.get(str(where[0])) if len(where) > 1 else None
     if group and group.discriminator:
         del where[1]  # the name by which pydantic chose among several groups

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from zo_tutorial.queries import QUERY_MODES
@@ -44,6 +44,12 @@ class In:
 # Limits that several groups share.
 LearningRate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]  # [0, 1)
+Probability = Annotated[float, Field(ge=0, le=1)]
+NUMBER, MODULES = "<number>", "<modules>"  # pydantic puts these tags among the keys that lead to an error
+ByModule = Annotated[
+    Annotated[Probability, Tag(NUMBER)] | Annotated[dict[str, Probability], Field(min_length=1), Tag(MODULES)],
+    Discriminator(lambda value: MODULES if isinstance(value, dict) else NUMBER),
+]
 LayerTypes = Annotated[
     list[Annotated[str, In(LAYER_TYPES)]],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),

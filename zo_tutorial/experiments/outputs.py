@@ -26,6 +26,8 @@ from zo_tutorial.experiments.record import load_record, save_record
 from zo_tutorial.experiments.schema import Config
 from zo_tutorial.workers import Workers, launched, restarted
 
+LOCK_SECONDS = 1.0  # that one waits for the lock of another process before it gives up
+
 
 class Outputs:
     """The files of a run.
@@ -143,7 +145,8 @@ def _locked(file: Path) -> Iterator[None]:
         raise ExperimentError(f"{file}: cannot be written: {error.strerror}") from error
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        # a killed process whose child had not yet become another program (git, say) holds it some milliseconds longer
+        lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.01)
     except Timeout:
         raise BusyError(f"{file}: another process is writing it") from None
     try:

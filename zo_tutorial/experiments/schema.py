@@ -16,7 +16,17 @@ from pydantic_core import PydanticCustomError
 from zo_tutorial.data.atis import NAMES
 from zo_tutorial.directions import DIRECTIONS
 from zo_tutorial.estimators import BASELINES, check_baseline
-from zo_tutorial.experiments.fields import Group, In, LayerTypes, LearningRate, Number, Positive, QueryMode, Share
+from zo_tutorial.experiments.fields import (
+    ByModule,
+    Group,
+    In,
+    LayerTypes,
+    LearningRate,
+    Number,
+    Positive,
+    QueryMode,
+    Share,
+)
 from zo_tutorial.models import TTM_LAYERS
 from zo_tutorial.optimizer.coordinates import GRAD_ESTIMATORS
 from zo_tutorial.optimizer.directions import KINDS
@@ -58,11 +68,11 @@ class TTM(TT):
 
 
 class CNN(Group):
-    """Three convolutions and a linear layer."""
+    """Two or three convolutions and a linear layer."""
 
     name: Literal["MNIST_CNN"]
     widths: list[Annotated[int, Field(ge=1)]] = Field(
-        [8, 12, 16], min_length=3, max_length=3, description="channels after each convolution"
+        [8, 12, 16], min_length=2, max_length=3, description="channels after each of two or three convolutions"
     )
 
 
@@ -198,7 +208,9 @@ class SCD(ZerothOrder):
 
     name: Literal["SCD"] = "SCD"
     lr: LearningRate = Field(0.1, description="learning rate; sign and batch probe at this distance too")
-    grad_sparsity: float = Field(0.1, ge=0, le=1, description="probability that a coordinate is skipped in a step")
+    grad_sparsity: ByModule = Field(
+        0.1, description="probability that a coordinate is skipped in a step, or one for each module by name"
+    )
     h_smooth: float = Field(0.001, gt=0, description="finite-difference step of esti")
     grad_estimator: Annotated[str, In(GRAD_ESTIMATORS)] = Field("sign", description="what is asked for each coordinate")
     opt_layers_strs: LayerTypes = Field([])
@@ -260,6 +272,13 @@ class Training(Group):
     epochs: int = Field(ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step")
     seed: int = Field(0, ge=0, description="of weights, pruning, shuffling and the optimiser's draws")
+    shift: int = Field(
+        0,
+        ge=0,
+        le=8,
+        exclude_if=lambda shift: shift == 0,  # as above, for the hashes
+        description="every training image is moved by up to so many pixels each way, anew in every epoch",
+    )
     max_steps: int | None = Field(None, ge=1, description="the run ends after so many steps, whatever the epochs")
 
 

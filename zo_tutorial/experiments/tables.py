@@ -255,12 +255,19 @@ def _finished(one: Run, out: Path) -> dict | None:
 
 
 def _start(done) -> None:
-    """In a new process: one thread, and Ctrl-C is for the process that started this one."""
+    """In a new process: one thread, and Ctrl-C is for the process that started this one, which it does not outlive."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own, between processes, would outlive one that is ended
     torch.set_num_threads(1)
     global _done
     _done = done
+
+
+def _end_with(parent) -> None:
+    """End this process when another one ends, killed or not: the checkpoint is as good as after any kill."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: tuple) -> tuple[int, dict | str | None]:

@@ -49,8 +49,10 @@ class Digits:
         """The training images of one epoch, by their indices, in batches."""
         return list(torch.randperm(len(self.train.images), generator=generator).split(size))
 
-    def batch(self, part: mnist.Split, index: Tensor) -> tuple:
-        return part.images[index], part.labels[index]
+    def batch(self, part: mnist.Split, index: Tensor, moving: Generator | None = None) -> tuple:
+        """The images at `index`; with a generator each is moved by up to `training.shift` pixels."""
+        images, shift = part.images[index], self.config.training.shift
+        return mnist.shifted(images, shift, moving) if shift and moving else images, part.labels[index]
 
     def sample(self, per_class: int, generator: Generator) -> tuple:
         """Training images, so many of each class, for the scores of pruning."""
@@ -93,6 +95,8 @@ class Sentences:
     loss = JointLoss()
 
     def __init__(self, config: Config, root: str | Path | None, device: torch.device):
+        if config.training.shift:
+            raise ExperimentError(f"{config.file}: training.shift: sentences cannot be moved; leave it at 0")
         self.data = atis.load(config.data.source, root, config.data.seed, config.data.names)
         self.config, self.source = config, self.data.source
         self.name = "full ATIS" if self.source == "full" else "synthetic sentences in the format of ATIS"
@@ -132,8 +136,8 @@ class Sentences:
             batches += portion[lengths[portion].argsort(stable=True)].split(size)
         return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
-    def batch(self, part: atis.Split, index: Tensor) -> tuple:
-        """Cut to the longest of these sentences."""
+    def batch(self, part: atis.Split, index: Tensor, moving: Generator | None = None) -> tuple:
+        """The sentences at `index`, cut to the longest of them. They do not move."""
         tokens = part.tokens[index]
         length = int((tokens != 0).sum(1).max())
         return tokens[:, :length], (part.intents[index], part.slots[index, :length])

@@ -197,7 +197,8 @@ def _train(config, task, model, phases, progress, steps, save, checkpoint_second
         with tqdm(total=len(batches), initial=done, desc=title, bar_format=BAR, leave=False, disable=off) as bar:
             for batch in batches[done:]:
                 started = time.perf_counter()
-                inputs, targets = task.batch(task.train, batch.to(task.train[0].device))
+                moving = generator_of(config, f"shift {progress['step']}")
+                inputs, targets = task.batch(task.train, batch.to(task.train[0].device), moving)
                 losses = []
                 for phase in active:
                     losses.append(phase.optimizer.step(inputs, targets)[1].item())

@@ -111,33 +111,37 @@ class MNIST_TT(_TwoLayers):
 
 
 class MNIST_CNN(nn.Module):
-    """Three convolutions of stride 2 with ReLU, 28 → 12 → 6 → 3 pixels wide, then a linear layer.
+    """Convolutions of stride 2 with ReLU, 28 → 12 → 6 → 3 pixels wide, then a linear layer.
 
     4,278 parameters and 77 thousand multiply-adds an image with the default widths: the strides do the work of pooling
-    and keep a query cheap.
+    and keep a query cheap. Without the third convolution most weights lie in or right before the linear layer.
 
     Args:
-        widths: the number of channels after each of the three convolutions.
+        widths: the number of channels after each of the two or three convolutions.
 
     Raises:
-        ValueError: not three widths.
+        ValueError: neither two nor three widths.
     """
 
     def __init__(self, widths: Sequence[int] = (8, 12, 16), *, generator: Generator | None = None):
         super().__init__()
-        if len(widths) != 3:
-            raise ValueError(f"widths must be three numbers of channels, not {widths}")
-        a, b, c = widths
+        if len(widths) not in (2, 3):
+            raise ValueError(f"widths must be two or three numbers of channels, not {widths}")
+        a, b, *more = widths
         self.conv1 = _kaiming(nn.utils.skip_init(nn.Conv2d, 1, a, 5, stride=2), generator)
         self.conv2 = _kaiming(nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=2, padding=1), generator)
-        self.conv3 = _kaiming(nn.utils.skip_init(nn.Conv2d, b, c, 3, stride=2, padding=1), generator)
-        self.fc = _kaiming(nn.utils.skip_init(nn.Linear, 3 * 3 * c, CLASSES), generator)
+        features = 6 * 6 * b
+        if more:
+            self.conv3 = _kaiming(nn.utils.skip_init(nn.Conv2d, b, *more, 3, stride=2, padding=1), generator)
+            features = 3 * 3 * more[0]
+        self.fc = _kaiming(nn.utils.skip_init(nn.Linear, features, CLASSES), generator)
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.reshape(len(images), 1, 28, 28)
-        for conv in (self.conv1, self.conv2, self.conv3):
+        *convolutions, last = self.children()
+        for conv in convolutions:
             x = F.relu(conv(x))  # (B, width, 12, 12), then 6, then 3
-        return self.fc(x.flatten(1))  # (B, 10)
+        return last(x.flatten(1))  # (B, 10)
 
 
 def _kaiming(layer: nn.Linear | nn.Conv2d, generator: Generator | None) -> nn.Linear | nn.Conv2d:

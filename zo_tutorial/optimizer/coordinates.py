@@ -1,6 +1,6 @@
 """ZO-SCD: stochastic coordinate descent from losses at shifted coordinates (chapter 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any
 
@@ -36,7 +36,8 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         model, criterion, masks, opt_layers_strs, rule, parameters, generator, query_mode, memory, share: as for
             `ZO_SGD_mask`; sign can share the batch only.
         lr: learning rate η; 0 is legal.
-        grad_sparsity: probability that a trained coordinate is skipped in a step.
+        grad_sparsity: probability that a trained coordinate is skipped in a step; or one for each module, by name, such
+            as {"blocks": 0.9, "blocks.1": 0.5, "head": 0.0}: of several that hold a parameter the innermost counts.
         h_smooth: finite-difference step h of esti.
         grad_estimator: "sign", "batch" or "esti".
         STP: stochastic three points (sign, batch), two-sided differences (esti).
@@ -59,7 +60,7 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     def __init__(
         self, model: Callable, criterion: Callable, masks: dict[str, Tensor] | None,
         lr: float = 0.1,
-        grad_sparsity: float = 0.1,
+        grad_sparsity: float | dict[str, float] = 0.1,
         h_smooth: float = 0.001,
         grad_estimator: str = "sign",
         opt_layers_strs: Layers = [],  # noqa: B006 (never changed)
@@ -73,8 +74,9 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
     ):  # fmt: skip
         if grad_estimator not in GRAD_ESTIMATORS:
             raise ValueError(f"grad_estimator {grad_estimator!r} is unknown; choose from {', '.join(GRAD_ESTIMATORS)}")
-        if not 0 <= grad_sparsity <= 1:
-            raise ValueError(f"grad_sparsity must lie between 0 and 1, not {grad_sparsity}")
+        for skipped in grad_sparsity.values() if isinstance(grad_sparsity, dict) else [grad_sparsity]:
+            if not 0 <= skipped <= 1:
+                raise ValueError(f"grad_sparsity must lie between 0 and 1, not {skipped}")
         if not 0 < h_smooth < inf:
             raise ValueError(f"h_smooth must be above 0 and finite, not {h_smooth}")
         if grad_estimator == "sign" and (momentum or weight_decay or dampening or adam or rule):
@@ -89,6 +91,12 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
         super().__init__(
             model, criterion, masks, opt_layers_strs, parameters, made, lr, generator, query_mode, memory, share
         )
+        if isinstance(grad_sparsity, dict):
+            used = {self._around(name, grad_sparsity) for name in self.trained}
+            unused = ", ".join(module for module in grad_sparsity if module not in used)
+            if unused:
+                trained = ", ".join(self.trained)
+                raise ValueError(f"grad_sparsity: {unused} decides for no trained parameter; these are {trained}")
 
     def step(  # type: ignore[override]  # as in the parent class
         self, inputs: Any = None, targets: Any = ABSENT, *, closure: Callable | None = None
@@ -118,11 +126,24 @@ class ZO_SCD_mask(ZerothOrderOptimizer):
 
     def _choose(self) -> dict[str, Tensor]:
         """Toss a coin for each trained coordinate: True for those that this step does not skip."""
-        d = sum(map(len, self.index.values()))
-        toss = torch.rand(d, generator=self.generator, device=self.generator.device)
-        kept = (toss >= self.grad_sparsity).split([len(positions) for positions in self.index.values()])
-        active = self.active()
-        return {n: k.to(self.trained[n].device) for n, k in zip(self.index, kept, strict=True) if n in active}
+        counts, active = [len(positions) for positions in self.index.values()], self.active()
+        tosses = torch.rand(sum(counts), generator=self.generator, device=self.generator.device).split(counts)
+        kept = {name: toss >= self._skipped(name) for name, toss in zip(self.index, tosses, strict=True)}
+        return {name: chosen.to(self.trained[name].device) for name, chosen in kept.items() if name in active}
+
+    def _skipped(self, name: str) -> float:
+        """The probability that a coordinate of a parameter is skipped."""
+        if not isinstance(self.grad_sparsity, dict):
+            return self.grad_sparsity
+        return self.grad_sparsity[self._around(name, self.grad_sparsity)]
+
+    @staticmethod
+    def _around(name: str, modules: Iterable[str]) -> str:
+        """The innermost of some modules that holds a parameter. Raises ValueError where none does."""
+        around = [module for module in modules if f"{name}.".startswith(f"{module}.")]
+        if not around:
+            raise ValueError(f"grad_sparsity: says nothing of {name!r}; it names {', '.join(modules) or 'no module'}")
+        return max(around, key=len)
 
     def _round(self, name: str, positions: Tensor) -> Coordinates:
         """What is asked of some positions of one parameter."""

@@ -53,7 +53,8 @@ class Evaluation:
         self.steps += 1
         if isinstance(self.model, nn.Module):  # anew: it may have got others
             self.modules = dict(self.model.named_modules())
-        self.recording, drew, self.draws = None, self.draws, True
+        self.moved()
+        drew, self.draws = self.draws, True
         training = {module: module.training for module in self.modules.values()}
         self.before = self.after = self._snapshot(self.after)
         versions = [(t, t._version) for t in tensors_in((inputs, targets)) if not t.is_inference()]
@@ -230,6 +231,8 @@ class Evaluation:
 
     def moved(self) -> None:
         """Forget what is known of where the parameters stood before."""
+        if self.recording is not None:
+            self.recording.forget()
         self.recording = self._base = None
 
 

@@ -34,6 +34,11 @@ class Part(NamedTuple):
         return tensor.movedim(self.dim, 0)[self.slices].movedim(1, self.dim)
 
 
+def same(x: Tensor, rest: Tensor) -> Tensor:
+    """Which of P tensors (P, ...) are equal to another one, or each to its own, to the last bit (P,)."""
+    return (x == rest).reshape(len(x), -1).all(1)
+
+
 Moved = Tensor | Part  # a recorded tensor as it is at P points: (P, ...)
 
 

@@ -6,10 +6,13 @@ their results are kept, that they leave the cache. Here they are few, and a resu
 next one gets its memory.
 """
 
+from functools import reduce
+from operator import and_
+
 import torch
 from torch import Tensor
 
-from zo_tutorial.queries.parts import Moved, Part, whole
+from zo_tutorial.queries.parts import Moved, Part, same, whole
 from zo_tutorial.queries.recording import Call, Recording, bytes_of, version
 from zo_tutorial.queries.rules import Step, rule_of
 from zo_tutorial.queries.way import Unsuitable
@@ -40,6 +43,7 @@ class Points:
         self.rules = [rule_of(c) for c in self.calls]
         last = {id(tensor): k for k, c in enumerate(self.calls) for tensor in c.tensors}
         self.used = [[key for key, k in last.items() if k == here] for here in range(len(self.calls))]
+        self.base: Tensor | None = None
         self.many = max(1, CACHE // max(bytes_of(c.results) for c in [call, *self.calls]))
         torch.empty(min(KEPT, int(recording.limit)), dtype=torch.uint8)
         first = torch.zeros(1, 1, dtype=torch.long, device=self.start.device)
@@ -50,12 +54,22 @@ class Points:
     def losses(self, z: Moved) -> Tensor:
         """(P,) losses for P outputs of the layer."""
         moved: dict[int, Moved] = {id(self.start): z}
+        still: dict[int, Tensor] = {}  # the points where a whole tensor is the recorded one (P,)
+        if isinstance(z, Tensor):
+            still[id(self.start)] = same(z, self.start)
         for call, rule, used in zip(self.calls, self.rules, self.used, strict=True):
+            moving = [id(tensor) for tensor in call.tensors if id(tensor) in moved]
             made = rule(Step(call, moved, self.recording.plain))
             for result, value in zip(call.results, made if type(made) is tuple else (made,), strict=True):
-                if isinstance(value, Tensor) and value.shape[1:] != result.shape:
-                    raise Unsuitable(f"the rule of {call.function} does not fit")
+                if isinstance(value, Tensor):
+                    if value.shape[1:] != result.shape:
+                        raise Unsuitable(f"the rule of {call.function} does not fit")
+                    known = [still[key] for key in moving if key in still]
+                    all_known = len(known) == len(moving)
+                    still[id(result)] = reduce(and_, known) if all_known else same(value, result)
                 moved[id(result)] = value
             for key in used:
                 moved.pop(key, None)
-        return whole(moved[id(self.recording.loss)]).reshape(-1)
+        losses, unmoved = whole(moved[id(self.recording.loss)]).reshape(-1), still.get(id(self.recording.loss))
+        # a product of matrices rounds the same numbers otherwise in another place
+        return losses if self.base is None or unmoved is None else torch.where(unmoved, self.base, losses)

@@ -138,6 +138,7 @@ class Recording(TorchFunctionMode):
         self.plain: dict[int, Tensor] = {}  # for `points`: contiguous copies of recorded tensors, by their id
         self.layers_seen: dict = {}  # for `structured`: what it has found out about layers
         self.logits_seen: dict = {}  # for `logits`: the same
+        self.probed: tuple = ()  # for `structured`: layer, parameter and what it found out of them last
 
     def __enter__(self):
         self.handles = []
@@ -150,6 +151,12 @@ class Recording(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
         return super().__exit__(*exception)
+
+    def forget(self) -> None:
+        """Drop what was found out: it points back here, and so would keep all results until garbage is collected."""
+        self.layers_seen.clear()
+        self.logits_seen.clear()
+        self.probed = ()
 
     def _enter_layer(self, layer, args, kwargs):
         if not self.broken:

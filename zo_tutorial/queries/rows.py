@@ -4,6 +4,7 @@
 head follow, a few cumulants give f (`SeriesRows`); else the rows run through what follows (`TailRows`).
 """
 
+from itertools import takewhile
 from types import EllipsisType
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries.cost import CACHED, looped
 from zo_tutorial.queries.cross_entropy import CrossEntropy, Series, cross_entropy_of
+from zo_tutorial.queries.parts import same
 from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
 from zo_tutorial.queries.rules import ELEMENTWISE
 from zo_tutorial.queries.suffix import Head
@@ -96,8 +98,8 @@ class TailRows:
 
     def __init__(self, recording: Recording, call: Call, z: Tensor):
         calls = recording.after(call)
-        self.enters, self.calls = call.results[0], list[Call]()
-        passed, last = [self.enters], call
+        self.calls = list[Call]()
+        passed, last = [call.results[0]], call
         cross_entropy = None
         while cross_entropy is None:
             if not calls or not _treats_rows(calls[0], passed[-1]):
@@ -114,7 +116,15 @@ class TailRows:
         self.z = z if self.rows is None else z[:, self.rows]
         self.shares = _shares(cross_entropy, z)
         self.width = max(len(z), *(made.results[0].shape[-1] for made in self.calls))
-        self.base = self._losses(self.z.T.clone(), torch.arange(self.z.shape[1], device=z.device))  # (B,)
+        # φ, where it goes on into a dense layer: o = W φ(z) + b
+        self.activations = list(takewhile(_is_elementwise, self.calls))
+        self.behind = self.calls[len(self.activations) :]
+        self.weight: Tensor | None = None
+        if self.behind and isinstance(self.behind[0].layer, (nn.Linear, *TENSOR_LAYERS)):
+            self.weight = self.behind[0].weight().T.contiguous()  # (units, out)
+            self.o = _run(self.behind[:1], _run(self.activations, self.z.T.clone()))  # (B, out)
+        every = torch.arange(self.z.shape[1], device=z.device)
+        self.base = self._losses(self.z.T.clone() if self.weight is None else self.o.clone(), every)  # (B,)
         largest = float((self.base * self.shares).abs().max())
         self.seconds = looped(self.calls) / self.z.shape[1]
         self.rounding = ROUNDINGS * torch.finfo(z.dtype).eps * largest
@@ -132,17 +142,29 @@ class TailRows:
 
     def _changes(self, i: Tensor, b: Tensor, change: Tensor) -> Tensor:
         """(M,) from M entries."""
-        z = self.z.T[b]  # (M, units)
-        z[torch.arange(len(z), device=z.device), i] += change
-        return (self._losses(z, b) - self.base[b]) * self.shares[b]
+        if self.weight is None:
+            base = self.z.T[b]  # (M, units)
+            moved = base.clone()
+            moved[torch.arange(len(moved), device=moved.device), i] += change
+        else:
+            # o' = o + (φ(z + δ) − φ(z)) W_i
+            z, base = self.z[i, b], self.o[b]  # (M,), (M, out)
+            change = _run(self.activations, z + change) - _run(self.activations, z)
+            moved = torch.addcmul(base, change[:, None], self.weight[i])
+        # what moves nothing changes nothing, however a product of matrices rounds in another place
+        still = same(moved, base)
+        return ((self._losses(moved, b) - self.base[b]) * self.shares[b]).masked_fill_(still, 0)
 
-    def _losses(self, z: Tensor, b: Tensor) -> Tensor:
-        """Cross-entropies (M,) of outputs z (M, units) of the rows b."""
-        entered = self.enters
-        for call in self.calls:
-            z = call.again({id(entered): z}, None)
-            entered = call.results[0]
-        return F.cross_entropy(z, self.cross_entropy.targets[b], reduction="none")
+    def _losses(self, entered: Tensor, b: Tensor) -> Tensor:
+        """Cross-entropies (M,) of the rows b: of outputs of the layer (M, units), or of the dense layer's behind it."""
+        logits = _run(self.calls if self.weight is None else self.behind[1:], entered)
+        return F.cross_entropy(logits, self.cross_entropy.targets[b], reduction="none")
+
+
+def _run(calls: list[Call], x: Tensor) -> Tensor:
+    for call in calls:
+        x = call.again({id(call.args[0]): x}, None)
+    return x
 
 
 def _treats_rows(call: Call, enters: Tensor) -> bool:
@@ -153,9 +175,11 @@ def _treats_rows(call: Call, enters: Tensor) -> bool:
         return len(call.layer.normalized_shape) == 1
     if call.function in (F.layer_norm, F.rms_norm):
         return len(call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]) == 1
-    return isinstance(call.layer, (nn.Linear, *TENSOR_LAYERS)) or (
-        call.function in ELEMENTWISE and len(call.tensors) == 1
-    )
+    return isinstance(call.layer, (nn.Linear, *TENSOR_LAYERS)) or _is_elementwise(call)
+
+
+def _is_elementwise(call: Call) -> bool:
+    return call.function in ELEMENTWISE and len(call.tensors) == 1
 
 
 def _shares(cross_entropy: CrossEntropy, z: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ Shapes: a feature or channel is a unit; z is held as (units, R), where R runs ov
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,8 @@ class Units:
         factors: z (units, R) viewed as `(*factors, R)`; an entry changes one of its slices along the second factor.
         run: so many consecutive entries change the same slice; entry p changes slice p // run % factors[1].
         group: units that share their columns.
-        columns: the sensitivities that occur, (Q, R); entry p has the column p % run + p // run // group * run.
+        columns: the sensitivities that occur, (Q, R), formed when first asked for; entry p has the column
+            p % run + p // run // group * run.
         bytes: of one sensitivity.
     """
 
@@ -97,17 +100,31 @@ class Units:
         self.factors = 1, len(z), 1
         self.run, self.group = parameter[0].numel(), len(parameter)
         self.bytes = z.shape[1] * z.element_size()
+        self.layer: Any = layer
+        self.name, self.x, self.z = name, x, z
         if name == "bias":
             self.run, self.group = 1, parameter.numel()
-            self.columns = torch.ones((), dtype=z.dtype, device=z.device).expand(1, z.shape[1])
         elif isinstance(layer, NORMS):
             self.run, self.group = 1, 1
-            self.columns = _normal(layer, x)
         elif isinstance(layer, CONVOLUTIONS):
-            self.columns = _patches(layer, x, limit)  # (Q, R)
+            if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
+                raise Unsuitable("the patches need too much memory")
             self.group = len(parameter) // layer.groups
-        else:
-            self.columns = x.movedim(-1, 0).reshape(x.shape[-1], -1).contiguous()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        if self.name == "bias":
+            return torch.ones((), dtype=self.z.dtype, device=self.z.device).expand(1, self.z.shape[1])
+        if isinstance(self.layer, NORMS):
+            return _normal(self.layer, self.x)
+        if isinstance(self.layer, CONVOLUTIONS):
+            return _patches(self.layer, self.padded)
+        return self.x.movedim(-1, 0).reshape(self.x.shape[-1], -1).contiguous()
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """The input of a convolution, ([B,] channels, height, width)."""
+        return _padded(self.layer, self.x)
 
     def at(self, positions: Tensor) -> Tensor:
         """Which of the columns are the sensitivities of these entries: (K,)."""
@@ -115,6 +132,10 @@ class Units:
 
     def sensitivities(self, at: list[int]) -> Tensor:
         """J of entries of one unit, by what `at` finds: (K, 1, R)."""
+        patches = self.name != "bias" and isinstance(self.layer, CONVOLUTIONS)
+        if patches and "columns" not in self.__dict__ and len(at) * self.factors[1] < self.run * self.layer.groups:
+            # few of all patches are ever asked for
+            return torch.stack([_patch(self.layer, self.padded, q) for q in at]).unsqueeze(1)
         return self.columns[at].unsqueeze(1)
 
 
@@ -150,17 +171,37 @@ def _normal(layer: nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm
     return units_first(layer, normal).contiguous()
 
 
-def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor, limit: float) -> Tensor:
-    """What each weight of a convolution's kernel sees at every place: (Q, R)."""
-    if x.numel() * x.element_size() * prod(layer.kernel_size) > limit / 4:
-        raise Unsuitable("the patches need too much memory")
+def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """The input of a convolution with its margins; that of a one-dimensional one is of height 1."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):  # of height 1
-        x, kernel, dilation, stride = x.unsqueeze(-2), (1, *kernel), (1, *dilation), (1, *stride)
-    patches = F.unfold(x, kernel, dilation, stride=stride)  # ([B,] Q, places)
+    return x.unsqueeze(-2) if isinstance(layer, nn.Conv1d) else x
+
+
+def _both(layer: nn.Conv1d | nn.Conv2d, option: str) -> tuple[int, int]:
+    """An option of a convolution, down and across."""
+    value = getattr(layer, option)
+    return (1, *value) if isinstance(layer, nn.Conv1d) else value
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, padded: Tensor) -> Tensor:
+    """What each weight of a convolution's kernel sees at every place: (Q, R)."""
+    kernel, dilation, stride = (_both(layer, option) for option in ("kernel_size", "dilation", "stride"))
+    patches = F.unfold(padded, kernel, dilation, stride=stride)  # ([B,] Q, places)
     return patches.movedim(-2, 0).reshape(patches.shape[-2], -1)
+
+
+def _patch(layer: nn.Conv1d | nn.Conv2d, padded: Tensor, q: int) -> Tensor:
+    """One row of `_patches`: (R,)."""
+    kernel, dilation, stride = (_both(layer, option) for option in ("kernel_size", "dilation", "stride"))
+    channel, place = divmod(q, prod(kernel))
+    seen = []
+    for size, k, spread, step, first in zip(
+        padded.shape[-2:], kernel, dilation, stride, divmod(place, kernel[1]), strict=True
+    ):
+        last = size - spread * (k - 1) + spread * first  # behind the last place of the kernel, for this weight
+        seen.append(slice(spread * first, last, step))
+    return padded[..., channel, seen[0], seen[1]].flatten()
 
 
 class Core:

@@ -47,6 +47,7 @@ from zo_tutorial.queries.way import Index, Moves, Unsuitable
 from zo_tutorial.selection import layer_of
 
 MANY = 8  # losses asked for with each unit from which summing first pays
+FEW = 16  # entries of a convolution for which the logits do not pay, unless they are all of them
 DIGITS = 16  # roundings of a change that a series may be off
 
 
@@ -97,16 +98,21 @@ class Structured:
         ((name, positions),) = index.items()
         layer, parameter = self._layer(name)
         core = isinstance(layer, TENSOR_LAYERS) and parameter != "bias"
-        many = len(positions) >= layer.get_parameter(parameter).numel() / 8
-        return many and (core or isinstance(layer, CONVOLUTIONS))
+        entries = layer.get_parameter(parameter).numel()
+        least = entries / 8 if core else min(entries, max(FEW, entries / 8))
+        return len(positions) >= least and (core or isinstance(layer, CONVOLUTIONS))
 
     def _directional(self, index: dict[str, Index], low_rank: bool) -> Directional:
         layers = {self._layer(name): positions for name, positions in index.items()}
         return Directional(self.evaluation.recorded(), layers, self.evaluation.room(), low_rank)
 
     def _probe(self, name: str) -> "Probe":
-        layer, parameter = self._layer(name)
-        return Probe(self.evaluation.recorded(), layer, parameter, self.evaluation.room())
+        """What the parameter answers; the last one is kept, for all the portions in which it is asked."""
+        (layer, parameter), recording = self._layer(name), self.evaluation.recorded()
+        if recording.probed[:2] != (layer, parameter):
+            recording.probed = ()  # before the next one takes its memory
+            recording.probed = layer, parameter, Probe(recording, layer, parameter, self.evaluation.room())
+        return recording.probed[2]
 
     def _layer(self, name: str) -> tuple[nn.Module, str]:
         """The layer of a parameter, and the parameter's name in it.

@@ -30,6 +30,8 @@ HeadLayer = nn.Linear | nn.Conv2d | TensorLayer
 ONE_BY_ONE = 3  # so few points are run without vmap
 CACHE = 3 * 2**19  # bytes of slices handled at once: they stay in the cache of a core from one operation to the next
 
+SPARSE = 12  # times the size of its kernel that an image needs for a convolution to be quicker than its matrix
+
 
 class Suffix:
     """From the output of one layer to the loss.
@@ -143,8 +145,9 @@ class ConvolutionHead(Head):
     """The same behind a convolution: φ, then a convolution, or a linear layer that takes all places of all channels.
 
     That linear layer is a convolution too, with a kernel as large as the image. A changed channel meets one channel of
-    the kernel only, 1 of c: a small linear map, whose matrix is what it makes of unit images. Outputs o have the
-    layer's own shape (B, C, height, width), except in front of a cross-entropy, which takes (C, B).
+    the kernel only, 1 of c: a small linear map. Its matrix is what it makes of unit images; that of the linear layer
+    stands in its weight. Outputs o have the layer's own shape (B, C, height, width), except in front of a
+    cross-entropy, which takes (C, B).
     """
 
     def __init__(self, recording: Recording, call: Call):
@@ -169,10 +172,9 @@ class ConvolutionHead(Head):
             self.kernel = weight.view(-1, channels, *self.size)  # (C, channels, height, width)
         self.flat, pixels = not isinstance(layer, nn.Conv2d), prod(self.size)
         made = recording.call_of(layer).results[0][0].numel()  # of one image
-        if pixels * max(pixels, made) * self.kernel.element_size() > CACHE:
-            raise Unsuitable
-        self.unit_images = torch.eye(pixels, dtype=self.kernel.dtype, device=self.kernel.device)
-        self.unit_images = self.unit_images.view(pixels, 1, *self.size)
+        small = pixels * max(pixels, made) * self.kernel.element_size() <= CACHE
+        # with many zeros the matrix costs more than torch's convolution of a single channel
+        self.dense = self.flat or (small and pixels < SPARSE * prod(self.kernel.shape[2:]))
 
     def _convolve(self, images: Tensor, i: int) -> Tensor:
         """What the i-th channel of the kernel makes of images (N, 1, H, W): (N, C, height, width)."""
@@ -185,8 +187,9 @@ class ConvolutionHead(Head):
 
     def part(self, factors: tuple, i: int) -> Callable[[Tensor, Tensor], Tensor]:
         """What gives rest + W_slice a, P outputs, from a rest in the shape of one and P slices a (P, 1, R)."""
-        images = self._convolve(self.unit_images, i)  # (H W, C, height, width)
-        weight = images.flatten(1)  # (H W, C height width)
+        if not self.dense:
+            return lambda rest, a: self._convolve(a.view(-1, 1, *self.size), i).view(len(a), *rest.shape).add_(rest)
+        weight = self._matrix(i)
 
         def add(rest, a):
             if self.suffix.cross_entropy is not None:
@@ -194,13 +197,19 @@ class ConvolutionHead(Head):
                 return torch.baddbmm(rest.expand(len(a), -1, -1), weight.T.expand(len(a), -1, -1), a)
             a = a.view(len(a), -1, len(weight))  # (P, B, H W)
             o = torch.baddbmm(rest.flatten(1).expand(len(a), -1, -1), a, weight.expand(len(a), -1, -1))
-            return o.unflatten(2, images.shape[1:])  # (P, B, C, height, width)
+            return o.unflatten(2, rest.shape[1:])  # (P, B, C, height, width)
 
         return add
 
     def back(self, factors: tuple, i: int, slope: Tensor) -> Tensor:
-        weight = self._convolve(self.unit_images, i).flatten(1)  # (H W, C)
-        return (weight @ slope).T.reshape(1, -1)
+        return (self._matrix(i) @ slope).T.reshape(1, -1)
+
+    def _matrix(self, i: int) -> Tensor:
+        """The map from the i-th channel of an image to what the layer makes of it: (H W, C height width)."""
+        if self.flat:
+            return self.kernel[:, i].flatten(1).T
+        images = torch.eye(prod(self.size), dtype=self.kernel.dtype, device=self.kernel.device)
+        return self._convolve(images.view(-1, 1, *self.size), i).flatten(1)
 
     def _shaped(self, o: Tensor) -> Tensor:
         return o if self.suffix.cross_entropy is None else o.flatten(1).T

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zo_tutorial.queries.descent import STAY
+from zo_tutorial.queries.parts import same
 from zo_tutorial.queries.sensitivity import Response
 from zo_tutorial.queries.slices import Slice
 from zo_tutorial.queries.suffix import CachedLayer
@@ -37,6 +38,7 @@ class Walk:
         runs, counts = (positions // response.run).unique_consecutive(return_counts=True)
         self.parts, self.stops = (runs % response.factors[1]).tolist(), counts.cumsum(0).tolist()
         self.stayed = 0  # how many coordinates did since the last move
+        self.still = torch.zeros(2, 1, dtype=torch.bool, device=steps.device)  # looks that move nothing (2, K)
         self.base: Tensor | None = None  # the loss where the slice stands, if it is known
         self.part: Slice
         self.sides: list[tuple[Tensor, Tensor]]
@@ -64,7 +66,7 @@ class Walk:
             self.bases.append(self.bases[-1] if guess == STAY else guess * count + k)
         losses = self._losses()
         changes = losses[:-1].view(2, count) - losses[self.bases]
-        plus, minus = torch.where(self.moves[:, here : here + count], changes, 0.0).tolist()
+        plus, minus = torch.where(self.moves[:, here : here + count] & ~self.still, changes, 0.0).tolist()
         return list(zip(plus, minus, guesses, strict=True))
 
     def go(self, k: int, side: int) -> None:
@@ -78,15 +80,20 @@ class Walk:
     def _losses(self) -> Tensor:
         """Of the points: (2 K + 1,)."""
         z = torch.addmm(self.part.z.view(1, -1), self.to, self.sensitivity).unflatten(1, self.part.z.shape)
-        if self.layer.suffix.cross_entropy is None and len(z) == 3:
-            # a point takes long: where the slice stands is one of those looked at before
-            losses = self.part.losses(z.clone() if self.base is None else z[:2].clone())
-            self.base = losses[2:] if self.base is None else self.base
-            self.sides = [(z[0], losses[:1]), (z[1], losses[1:2])]
-            return torch.cat([losses[:2], self.base])
+        cross_entropy, one = self.layer.suffix.cross_entropy, len(z) == 3
+        a = self.part.activated(z.clone() if one else z)
+        o = self.part.outputs(a)
+        if cross_entropy is None:  # a product of matrices rounds the same numbers otherwise in another place
+            bases = self.bases * 2
+            self.still = (same(a[:-1], a[bases]) | same(o[:-1], o[bases])).view(2, -1)
+            if one:
+                # a point takes long: where the slice stands is one of those looked at before
+                losses = self.part.behind(o if self.base is None else o[:2])
+                self.base = losses[2:] if self.base is None else self.base
+                self.sides = [(z[0], losses[:1]), (z[1], losses[1:2])]
+                return torch.cat([losses[:2], self.base])
         self.base, self.sides = None, []
-        losses = self.part.losses(z)
-        cross_entropy = self.layer.suffix.cross_entropy
+        losses = self.part.behind(o)
         if cross_entropy is not None and not cross_entropy.stable and not losses.isfinite().all():
             cross_entropy.stable = True
             return self._losses()
