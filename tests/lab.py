@@ -23,17 +23,26 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-NOTEBOOK = "const notebook = window.jupyterapp.shell.currentWidget.content; "
-READY = """
-const opened = window.jupyterapp?.shell?.currentWidget;
-return opened?.context?.path === arguments[0] && opened.sessionContext.isReady
-    && opened.sessionContext.session?.kernel?.status === "idle";
+# The panel is found by its path: the lab's currentWidget is set by focus events, which a window in the back never gets.
+PANEL = """
+const path = arguments[0], shell = window.jupyterapp?.shell;
+const panel = shell && [...shell.widgets("main")].find(panel => panel.context?.path === path);
 """
-STATE = """
-const opened = window.jupyterapp?.shell?.currentWidget, session = opened?.sessionContext;
-return JSON.stringify({page: document.title, path: opened?.context?.path, ready: session?.isReady,
-    kernel: session?.session?.kernel?.status, dialog: document.querySelector(".jp-Dialog")?.innerText});
+READY = (
+    PANEL
+    + """
+return panel?.sessionContext.isReady && panel.sessionContext.session?.kernel?.status === "idle";
 """
+)
+STATE = (
+    PANEL
+    + """
+const session = panel?.sessionContext;
+return JSON.stringify({page: document.title, ready: session?.isReady, kernel: session?.session?.kernel?.status,
+    dialog: document.querySelector(".jp-Dialog")?.innerText, focus: document.hasFocus(),
+    open: shell && [...shell.widgets("main")].map(panel => panel.context?.path ?? panel.id)});
+"""
+)
 PICTURE, TRACEBACK = ".widget-html img", ".widget-html pre"
 RUN_ALL = """
 const done = arguments[0];
@@ -41,19 +50,19 @@ window.jupyterapp.commands.execute("notebook:run-all-cells")
     .then(succeeded => done(succeeded ? null : "a cell failed"), error => done(String(error)));
 """
 FIND = (
-    NOTEBOOK
+    PANEL
     + """
-return notebook.widgets.map((cell, k) => [k, cell.model.sharedModel.getSource()])
+return panel.content.widgets.map((cell, k) => [k, cell.model.sharedModel.getSource()])
     .filter(([k, source]) => /^explore[(]/m.test(source)).map(([k]) => k);
 """
 )
 # The lab renders a cell when it comes near the window.
 SCROLL = (
-    NOTEBOOK
+    PANEL
     + """
-const [k, done] = arguments;
-notebook.activeCellIndex = k;
-notebook.scrollToItem(k, "center").then(() => setTimeout(done, 500));
+const [, k, done] = arguments;
+panel.content.activeCellIndex = k;
+panel.content.scrollToItem(k, "center").then(() => setTimeout(done, 500));
 """
 )
 
@@ -103,7 +112,7 @@ def faults_of_chapter(browser, address, chapter):
             wait.until(lambda b: b.execute_script(READY, chapter))
             break
         except TimeoutException:
-            print(f"{chapter}: not open after 120 s ({attempt} attempt); {browser.execute_script(STATE)}")
+            print(f"{chapter}: not open after 120 s ({attempt} attempt); {browser.execute_script(STATE, chapter)}")
     else:
         yield f"{chapter}: JupyterLab does not open it"
         return
@@ -112,8 +121,8 @@ def faults_of_chapter(browser, address, chapter):
         yield f"{chapter}: {failed}"
         return
     sliders = 0
-    for k in browser.execute_script(FIND):
-        browser.execute_async_script(SCROLL, k)
+    for k in browser.execute_script(FIND, chapter):
+        browser.execute_async_script(SCROLL, chapter, k)
         handles = wait.until(lambda b: find(b, PICTURE) and find(b, ".noUi-handle"))
         for which in range(len(handles)):
             before = find(browser, PICTURE)[0].get_attribute("src")
@@ -142,6 +151,7 @@ def main(chapters):
         process, address = start_lab(book, folder)
         browser = open_browser(folder / "profile")
         browser.set_script_timeout(300)
+        browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
         browser.set_window_size(1400, 1000)
         try:
             for chapter in chapters:
