@@ -36,7 +36,9 @@ EVERYTHING = {
 METHODS = ("FO", "SCD", "SCD_batch", "SCD_esti", "SGD")
 SMALL = [f"ATIS/{net}/{method}" for net in ("GraSP", "TTM") for method in METHODS]
 TUNING = ["ATIS/fine_tuning/SGD", "ATIS/fine_tuning/synthetic_FO"]
-PROVIDED = sorted(SMALL + TUNING + [f"ATIS/{net}/full_{method}" for net in ("GraSP", "TTM") for method in METHODS])
+WINDOW = ["ATIS/window/FO", "ATIS/window/SCD_esti"]
+FULL = [f"ATIS/{net}/full_{method}" for net in ("GraSP", "TTM") for method in METHODS]
+PROVIDED = sorted(SMALL + TUNING + WINDOW + FULL)
 
 
 @pytest.fixture

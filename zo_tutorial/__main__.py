@@ -189,7 +189,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise ExperimentError(f"{arguments.name} needs -config PATH; --list shows the package's configs")
     overrides = _overrides({"training.epochs": arguments.epochs}, arguments)
     config = load_config(arguments.config, parse_overrides(arguments.set) | overrides, arguments.quick)
-    command = "encoder" if config.model.name == "Encoder" else "mnist"
+    command = "encoder" if config.about == "sentences" else "mnist"
     if command != arguments.name:
         raise ExperimentError(f"{config.file}: trains a {config.model.name}; the command for it is {command}")
     with _threads(arguments.threads), joined(arguments.device):

@@ -68,7 +68,7 @@ def parse_overrides(assignments: list[str]) -> dict:
 
 def _quick(config: Config) -> dict:
     """What `quick` changes, by dotted key."""
-    examples = EMBEDDED_TRAINING["sentences" if config.model.name == "Encoder" else "images"]
+    examples = EMBEDDED_TRAINING[config.about]
     epoch = -(-examples // config.training.batch_size)  # steps
     values = {"data.source": "embedded", "training.epochs": min(2, config.training.epochs)}
     if config.data.names != "own":
@@ -76,7 +76,7 @@ def _quick(config: Config) -> dict:
     group = config.optimizer
     method = group.SCD if group.name == "mix" else group
     if method.name == "SCD":
-        kind = "encoder" if config.model.name == "Encoder" else method.grad_estimator
+        kind = "encoder" if config.about == "sentences" else method.grad_estimator
         steps, skipped = QUICK_SCD[kind]
         sparsity = _at_least(skipped, method.grad_sparsity)
     match group.name:

@@ -109,6 +109,15 @@ class Encoder(Group):
         raise ValueError(f"factors: none of {self.factors} multiply to the width {width}{number}")
 
 
+class Window(Group):
+    """A tagger of a few words at a time, for the sentences of ATIS: a control without attention."""
+
+    name: Literal["Window"]
+    width: int = Field(128, ge=1, description="length of a word's vector, which is drawn and not trained")
+    reach: int = Field(2, ge=0, description="neighbours on each side that a tag sees")
+    hidden: int = Field(0, ge=0, description="hidden units of each of the two heads; 0: these are linear")
+
+
 class Pruning(Group):
     """Which weights are trained: the others are set to zero before training and stay there. No group: all are kept."""
 
@@ -295,7 +304,7 @@ class Data(Group):
 class Config(Group):
     """One experiment."""
 
-    model: FC | TTM | TT | CNN | Encoder = Field(discriminator="name")
+    model: FC | TTM | TT | CNN | Encoder | Window = Field(discriminator="name")
     pruning: Pruning | None = Field(None, description="no group: nothing is removed")
     optimizer: FO | Forward | SGD | SCD | Mix | Split = Field(discriminator="name")
     scheduler: Cosine | Step | Exponential | None = Field(None, discriminator="name", description="no group: lr stays")
@@ -315,6 +324,11 @@ class Config(Group):
         parts = self.file.resolve().with_suffix("").parts
         folders = [position for position, part in enumerate(parts[:-1]) if part == "configs"]
         return "/".join(parts[folders[-1] + 1 :]) if folders else parts[-1]
+
+    @property
+    def about(self) -> Literal["images", "sentences"]:
+        """What the model is for."""
+        return "sentences" if self.model.name in ("Encoder", "Window") else "images"
 
     def flat(self) -> dict:
         """All values by dotted key: {"optimizer.lr": 0.01, …}."""

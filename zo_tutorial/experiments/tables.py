@@ -158,9 +158,9 @@ def _made(runs: Sequence[Run], out: Path, root, device: str, jobs: int | None, k
         jobs = min(jobs or os.cpu_count() or 1, max(1, len(waiting)))
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch that do not run
         done = context.Value("q", 0)  # epochs
-        for model, data in {(runs[k].config.model.name, runs[k].config.data) for k in waiting}:
+        for about, data in {(runs[k].config.about, runs[k].config.data) for k in waiting}:
             # downloads once, and fails here where it must
-            if model == "Encoder":
+            if about == "sentences":
                 atis.load(data.source, root, names=data.names)
             else:
                 mnist.load(data.source, root)

@@ -17,7 +17,7 @@ from zo_tutorial.experiments import schema
 from zo_tutorial.experiments.errors import ExperimentError
 from zo_tutorial.experiments.metrics import joint_metrics
 from zo_tutorial.experiments.schema import Config
-from zo_tutorial.models import Encoder
+from zo_tutorial.models import Encoder, Window
 from zo_tutorial.tensor import TensorizedEmbedding_module, TensorizedLinear_module
 
 EVALUATION_BATCH = 1000  # images or sentences
@@ -26,7 +26,7 @@ SORTED = 16  # batches
 
 def task_of(config: Config, root: str | Path | None, device: torch.device) -> "Task":
     """The problem of a config, with its data loaded. Raises DataError."""
-    return (Sentences if config.model.name == "Encoder" else Digits)(config, root, device)
+    return (Sentences if config.about == "sentences" else Digits)(config, root, device)
 
 
 class Digits:
@@ -103,8 +103,10 @@ class Sentences:
         parts = (self.data.train, self.data.validation, self.data.test)
         self.train, self.validation, self.test = (atis.Split(*(t.to(device) for t in part)) for part in parts)
 
-    def model(self, generator: Generator) -> Encoder:
-        group = self.config.model
+    def model(self, generator: Generator) -> Encoder | Window:
+        group, sizes = self.config.model, (len(self.data.words), len(self.data.intents), len(self.data.tags))
+        if isinstance(group, schema.Window):
+            return Window(*sizes, **group.model_dump(exclude={"name"}), generator=generator)
         assert isinstance(group, schema.Encoder)
         tensorised = {"name", "tensor_type", "max_rank", "factors", "word_factors", "embedding_rank"}
         options = group.model_dump(exclude=tensorised)
@@ -122,7 +124,6 @@ class Sentences:
                 return TensorizedEmbedding_module(words, width, shape, group.embedding_rank, generator=generator)
 
             options["embedding"] = embedding
-        sizes = len(self.data.words), len(self.data.intents), len(self.data.tags)
         return Encoder(*sizes, **options, positions=self.train.tokens.shape[1], generator=generator)
 
     def batches(self, size: int, generator: Generator) -> list[Tensor]:
