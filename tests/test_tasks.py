@@ -199,7 +199,8 @@ def test_the_command_line(small, capsys):
 def test_run_tensors_runs_the_provided_experiments_in_turn_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["run_tensors", "--list", "--seed", "3"]) == 0
-    assert capsys.readouterr().out == "".join(f"{name}, seed 3\n" for name in SMALL)  # the full-size ones by name only
+    listed = [*SMALL, *WINDOW]  # the full-size ones by name only
+    assert capsys.readouterr().out == "".join(f"{name}, seed 3\n" for name in listed)
     assert main(["run_tensors", "configs/ATIS/TTM/FO.yml", "--quick", "--jobs", "1"]) == 0
     (file,) = (tmp_path / "reproduced/run_tensors_quick").iterdir()
     record = load_record(file)

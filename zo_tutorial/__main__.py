@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         add("--init", metavar="FILE.ckpt", help="start from the weights of another run, those of its best epoch")
         add("--resume", action="store_true", help="go on from the checkpoint of --out, from the start if there is none")
-    turn = commands.add_parser("run_tensors", allow_abbrev=False, help="train the encoder by all its configs in turn")
+    turn = commands.add_parser("run_tensors", allow_abbrev=False, help="train the encoder and its rival in turn")
     turn.set_defaults(command=_run_tensors)
     what = "configs such as ATIS/TTM/FO; none: all but those of full size and of fine-tuning"
     turn.add_argument("names", nargs="*", metavar="NAME", help=what)
