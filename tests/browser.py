@@ -23,17 +23,19 @@ from selenium.webdriver.common.keys import Keys
 SIZES = {"desk": (1280, 900), "monitor": (1440, 900), "phone": (390, 844)}
 
 
-def open_browser(profile):
+def open_browser(profile, logs=("browser", "performance")):
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for argument in (
         "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        " --disable-background-timer-throttling --disable-renderer-backgrounding"
+        " --disable-backgrounding-occluded-windows"
         " --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
     ).split():
         options.add_argument(argument)
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.add_argument(f"--user-data-dir={profile}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", dict.fromkeys(logs, "ALL"))
     service = webdriver.ChromeService("/usr/bin/chromedriver")  # Debian's: nothing is downloaded
     browser = webdriver.Chrome(options=options, service=service)
     browser.set_script_timeout(60)

@@ -44,10 +44,11 @@ return JSON.stringify({page: document.title, ready: session?.isReady, kernel: se
 """
 )
 PICTURE, TRACEBACK = ".widget-html img", ".widget-html pre"
+# The driver gives each command two minutes, so none of them waits long: runs are started, then asked after.
 RUN_ALL = """
-const done = arguments[0];
+window.outcome = null;
 window.jupyterapp.commands.execute("notebook:run-all-cells")
-    .then(succeeded => done(succeeded ? null : "a cell failed"), error => done(String(error)));
+    .then(succeeded => {outcome = succeeded ? "done" : "a cell failed"}, error => {outcome = String(error)});
 """
 FIND = (
     PANEL
@@ -60,9 +61,8 @@ return panel.content.widgets.map((cell, k) => [k, cell.model.sharedModel.getSour
 SCROLL = (
     PANEL
     + """
-const [, k, done] = arguments;
-panel.content.activeCellIndex = k;
-panel.content.scrollToItem(k, "center").then(() => setTimeout(done, 500));
+panel.content.activeCellIndex = arguments[1];
+panel.content.scrollToItem(arguments[1], "center");
 """
 )
 
@@ -103,12 +103,18 @@ def find(browser, selector):
     return browser.find_elements(By.CSS_SELECTOR, f".jp-Notebook .jp-Cell.jp-mod-active {selector}")
 
 
+def drawn(browser, chapter, k):
+    """The handles of the sliders in cell k, once its picture is there."""
+    browser.execute_script(SCROLL, chapter, k)
+    return find(browser, PICTURE) and find(browser, ".noUi-handle")
+
+
 def faults_of_chapter(browser, address, chapter):
     """Run it, then move each of its sliders; yields what is wrong."""
     wait = WebDriverWait(browser, 120, ignored_exceptions=[IndexError, StaleElementReferenceException])
     for attempt in ("first", "second"):
-        browser.get(address.format(f"lab/workspaces/{Path(chapter).stem}-{attempt}/tree/{chapter}"))
         try:
+            browser.get(address.format(f"lab/workspaces/{Path(chapter).stem}-{attempt}/tree/{chapter}"))
             wait.until(lambda b: b.execute_script(READY, chapter))
             break
         except TimeoutException:
@@ -116,14 +122,21 @@ def faults_of_chapter(browser, address, chapter):
     else:
         yield f"{chapter}: JupyterLab does not open it"
         return
-    failed = browser.execute_async_script(RUN_ALL)
-    if failed:
-        yield f"{chapter}: {failed}"
+    browser.execute_script(RUN_ALL)
+    try:
+        outcome = WebDriverWait(browser, 900).until(lambda b: b.execute_script("return window.outcome"))
+    except TimeoutException:
+        outcome = f"not run through after 900 s; {browser.execute_script(STATE, chapter)}"
+    if outcome != "done":
+        yield f"{chapter}: {outcome}"
         return
     sliders = 0
     for k in browser.execute_script(FIND, chapter):
-        browser.execute_async_script(SCROLL, chapter, k)
-        handles = wait.until(lambda b: find(b, PICTURE) and find(b, ".noUi-handle"))
+        try:
+            handles = wait.until(lambda b, k=k: drawn(b, chapter, k))
+        except TimeoutException:
+            yield f"{chapter}: no picture with sliders in cell {k}"
+            continue
         for which in range(len(handles)):
             before = find(browser, PICTURE)[0].get_attribute("src")
             find(browser, ".noUi-handle")[which].send_keys(Keys.ARROW_RIGHT)
@@ -149,8 +162,8 @@ def main(chapters):
         book = folder / "book"  # a copy: what is run is saved
         shutil.copytree(Path(chapters[0]).parent, book)
         process, address = start_lab(book, folder)
-        browser = open_browser(folder / "profile")
-        browser.set_script_timeout(300)
+        browser = open_browser(folder / "profile", logs=())
+        browser.set_page_load_timeout(60)
         browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
         browser.set_window_size(1400, 1000)
         try:
