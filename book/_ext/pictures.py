@@ -18,23 +18,23 @@ from zo_tutorial.data import mnist
 from zo_tutorial.models import MNIST_FC
 
 BOOK = Path(__file__).parent.parent
-RIGHT, WRONG = "#0072B2", "#999999"
+RIGHT, WRONG = "#0072B2", "#767676"
 PARTS = {"#0072B2": range(1, 5), "#009E73": range(5, 10), "#D55E00": range(10, 15)}
 COLUMNS = {
-    1: 1,
-    2: 1,
-    3: 0,
-    6: 1,
-    9: 2.1,
-    4: 0,
-    5: 0,
-    7: 1,
+    1: 1.22,
+    2: 1.22,
+    3: 1.22,
+    6: 0,
+    9: 2.65,
+    4: 1.22,
+    5: 1.22,
+    7: 0,
     12: 2.1,
     8: 0,
-    10: 1.35,
-    11: 1.35,
-    13: 0.7,
-    14: 0.7,
+    10: 2.65,
+    11: 2.65,
+    13: 1.22,
+    14: 1.22,
 }
 
 
@@ -131,7 +131,7 @@ def draw_map(ax, needed, titles):
             bbox=look,
         )
         boxes[chapter] = text.get_bbox_patch()
-    ax.set(xlim=(-2.4, 13), ylim=(-8.4, 0.4))
+    ax.set(xlim=(-2.4, 15.6), ylim=(-8.4, 0.4))
     ax.figure.canvas.draw()  # places the boxes, at which the arrows end
     for chapter, those in arrows.items():
         for one in those:
@@ -169,4 +169,4 @@ if __name__ == "__main__":
     digits, answers = learning()
     save("learning.png", draw_learning, (7.2, 3.1), (digits, answers), answers)
     chapters = needs(), titles()
-    save("map.png", draw_map, (8.6, 6), chapters, chapters)
+    save("map.png", draw_map, (9.2, 6), chapters, chapters)
