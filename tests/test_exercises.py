@@ -5,6 +5,7 @@ at least three wrong ones, each run after the right one, so that it need only sa
 """
 
 import ast
+import builtins
 import re
 import symtable
 from pathlib import Path
@@ -42,12 +43,12 @@ def parts(chapter):
 
 
 def needed(plain, later):
-    """The plain cells on which the values depend that `later` reads; the test of the notebook runs them all."""
+    """The plain cells on which the values depend that the texts `later` read; the notebook's own test runs them all."""
     calls = {}  # a function or class: the global names in it, read when it is called
     for source in plain:
         for table in symtable.symtable(source, "", "exec").get_children():
             calls.setdefault(table.get_name(), set()).update(globals_in(table))
-    names, kept = with_calls(reads(later), calls), []
+    names, kept = with_calls(set().union(*map(reads, later)), calls), []
     for source in reversed(plain):
         bound = {one.get_name() for one in symtable.symtable(source, "", "exec").get_symbols() if is_bound(one)}
         if (bound | changed(source)) & names or "torch.set_" in source:
@@ -61,10 +62,63 @@ def is_bound(symbol):
 
 
 def reads(source):
-    """The global names that some code reads, and those read in functions that it defines."""
-    top = symtable.symtable(source, "", "exec")
-    read = {one.get_name() for one in top.get_symbols() if one.is_referenced()}
-    return read.union(*map(globals_in, top.get_children()))
+    """The global names that some code reads before it binds them, and those read in functions that it defines."""
+    first = FirstReads()
+    first.visit(ast.parse(source))
+    inside = set().union(*map(globals_in, symtable.symtable(source, "", "exec").get_children()))
+    return first.read | (inside - first.bound)
+
+
+class FirstReads(ast.NodeVisitor):
+    """In the order of execution: the names that the top level of a cell binds, and those that it reads before."""
+
+    def __init__(self):
+        self.read, self.bound = set(), set()
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load):
+            self.read |= {node.id} - self.bound
+        else:
+            self.bound.add(node.id)
+
+    def in_order(self, *parts):
+        for part in parts:
+            for node in part if isinstance(part, list) else [part]:
+                self.visit(node)
+
+    def visit_Assign(self, node):
+        self.in_order(node.value, node.targets)
+
+    def visit_AugAssign(self, node):
+        self.read |= {each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)} - self.bound
+        self.in_order(node.value, node.target)
+
+    def visit_For(self, node):
+        self.in_order(node.iter, node.target, node.body, node.orelse)
+
+    def visit_comprehension(self, node):  # its variables are its own, and are dropped below
+        self.in_order(node.iter, node.target, node.ifs)
+
+    def visit_ListComp(self, node):
+        outside, results = set(self.bound), [getattr(node, part, []) for part in ("key", "value", "elt")]
+        self.in_order(node.generators, *results)
+        self.bound = outside
+
+    visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
+
+    def visit_FunctionDef(self, node):  # what its body reads, `globals_in` tells
+        self.in_order(node.decorator_list, node.args.defaults, [each for each in node.args.kw_defaults if each])
+        self.bound.add(node.name)
+
+    def visit_ClassDef(self, node):
+        self.in_order(node.decorator_list, node.bases)
+        self.bound.add(node.name)
+
+    def visit_Lambda(self, node):
+        self.in_order(node.args.defaults, [each for each in node.args.kw_defaults if each])
+
+    def visit_alias(self, node):
+        self.bound.add((node.asname or node.name).split(".")[0])
 
 
 def globals_in(table):
@@ -86,7 +140,8 @@ def changed(source):
             names.add(ast.unparse(node).split(".")[0].split("[")[0])
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             of = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-            names |= set() if of & {"plt", "ax", "axes", "print", "display", "explore"} else of
+            shown = of & {"plt", "ax", "axes", "print", "display", "explore", "pd"}
+            names |= set() if shown else of - set(dir(builtins))
     return names
 
 
@@ -124,7 +179,7 @@ def test_checks_take_the_solution_and_no_wrong_answer(chapter, monkeypatch):
     accepted = []
     texts = [source for cells in [*asked.values(), *solved.values()] for source in cells]
     texts += [answer for entry in answers.values() for answer in [entry["right"], *entry["wrong"]]]
-    for source in needed(plain, "\n".join(texts)):
+    for source in needed(plain, texts):
         exec(source, namespace)
         plt.close("all")  # as the notebook does after each cell
     marks = Marks()
