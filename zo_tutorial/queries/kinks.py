@@ -8,8 +8,9 @@ and ζ is 0 unless a kink is crossed. `crossings` finds the few that are not 0, 
 earlier stage moves the numbers of a later one, as any change of φ(z) does.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,23 +147,34 @@ class Stage(Head):
         return rest.masked_fill_(rest.abs() <= rounding * (z.abs() + change.abs()), 0)
 
 
-class Crossing(NamedTuple):
+@dataclass
+class Crossing:
     """What lies beyond the kinks of one stage, at K of its numbers."""
 
     stage: Stage
     sample: Tensor  # which they are (K,)
     number: Tensor  # (K,)
-    entries: Tensor  # those that move each one (K, T)
+    entries: Tensor  # those that move each one (K, T), of `size` entries
     rest: Tensor  # ζ for each of their steps (S, K, T)
+    size: int
 
-    def tables(self, steps: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
         """Numbers and their ζ for all E entries, a row for each sample, filled up with zeros: (N, M), (N, M, S E)."""
+        samples, rest = len(self.stage.before), self.rest.transpose(0, 1)  # (K, S, T)
         slots, most = _slots(self.sample, samples)
-        rest = steps.new_zeros(len(slots), *steps.shape)
-        rest.scatter_(2, self.entries.unsqueeze(1).expand(-1, len(steps), -1), self.rest.transpose(0, 1))
-        rest = steps.new_zeros(samples * most, steps.numel()).index_copy_(0, slots, rest.flatten(1))
+        if rest.shape[2] < self.size:  # else T are all entries, in their order
+            every = rest.new_zeros(len(slots), rest.shape[1], self.size)
+            rest = every.scatter_(2, self.entries.unsqueeze(1).expand(-1, rest.shape[1], -1), rest)
+        table = rest.new_zeros(samples * most, rest[:1].numel()).index_copy_(0, slots, rest.flatten(1))
         numbers = slots.new_zeros(samples * most).index_copy_(0, slots, self.number)
-        return numbers.view(samples, most), rest.view(samples, most, -1)
+        return numbers.view(samples, most), table.view(samples, most, -1)
+
+    def logits(self) -> Tensor:
+        """What ζ does to the logits: (N, C, S E)."""
+        numbers, rest = self.tables
+        g = self.stage.g  # (N, C, U)
+        return g.gather(2, numbers.unsqueeze(1).expand(-1, g.shape[1], -1)) @ rest
 
 
 def near(
@@ -221,7 +233,7 @@ def crossings(
         else:
             entries = torch.arange(steps.shape[1], device=j.device).expand(len(sample), -1)
             moves = _moves(stage, found, sample, number, jacobian, j, steps)
-        found.append(Crossing(stage, sample, number, entries, stage.rest(sample, number, moves)))
+        found.append(Crossing(stage, sample, number, entries, stage.rest(sample, number, moves), steps.shape[1]))
     return found
 
 
@@ -243,7 +255,7 @@ def _moves(
     for before in reversed(crossed):
         g = before.stage.backward(g)  # (K, U), by φ(z)
         if len(before.sample):
-            numbers, rest = before.tables(steps, len(j))
+            numbers, rest = before.tables
             moves += _sample_by_sample(sample, g.gather(1, numbers[sample]), rest).flatten(1)
         g = g * before.stage.slope[sample]
     straight = _sample_by_sample(sample, jacobian.arranged(g.unsqueeze(1)), j).flatten(1)  # (K, E)

@@ -177,19 +177,38 @@ class Logits:
     def _cross(self, changes: Tensor, found: list[Crossing], v: Tensor, steps: Tensor) -> None:
         """Add to the changes (S, E) what lies beyond the kinks."""
         samples, _, size = v.shape
-        keys, logits = [], []
-        for stage, sample, number, entries, rest in found:
-            side, k, t = rest.nonzero(as_tuple=True)
-            keys.append((side * samples + sample[k]) * size + entries[k, t])
-            logits.append(stage.g[sample[k], :, number[k]] * rest[side, k, t].unsqueeze(1))
         # the terms (step, sample, entry) that differ, each once, and how their logits move on
-        key, place = torch.cat(keys).unique(return_inverse=True)
-        change = v.new_zeros(len(key), v.shape[1]).index_add_(0, place, torch.cat(logits))
+        places = [one.rest.nonzero(as_tuple=True) for one in found]
+        many = sum(len(k) for _, k, _ in places) > samples * steps.numel()
+        key, change = _product(found, len(steps)) if many else _one_by_one(found, places, samples)
         side, sample, e = key // (samples * size), key // size % samples, key % size
         p = (steps[side, e].unsqueeze(1) * v[sample, :, e]).exp_().mul_(self.p[sample])  # but for its sum
         gain = (p * change.expm1()).sum(1).div_(p.sum(1)).log1p_()
         terms = self.shares[sample] * gain + (self.chosen[sample] * change).sum(1)
         changes.view(-1).index_add_(0, side * size + e, terms)
+
+
+def _one_by_one(found: list[Crossing], places: list[tuple[Tensor, ...]], samples: int) -> tuple[Tensor, Tensor]:
+    """How the logits of some terms move beyond the kinks: the terms' numbers (T,), by step, sample, entry; and (T, C).
+
+    places: where the rests of each stage are not 0.
+    """
+    keys, logits = [], []
+    for crossing, (side, k, t) in zip(found, places, strict=True):
+        sample, g = crossing.sample[k], crossing.stage.g
+        keys.append((side * samples + sample) * crossing.size + crossing.entries[k, t])
+        logits.append(g[sample, :, crossing.number[k]] * crossing.rest[side, k, t].unsqueeze(1))
+    key, place = torch.cat(keys).unique(return_inverse=True)
+    moves = torch.cat(logits)
+    return key, moves.new_zeros(len(key), moves.shape[1]).index_add_(0, place, moves)
+
+
+def _product(found: list[Crossing], sides: int) -> tuple[Tensor, Tensor]:
+    """The same where terms meet several kinks each: by products for each sample."""
+    moves = torch.stack([crossing.logits() for crossing in found if len(crossing.sample)]).sum(0)  # (N, C, S E)
+    moves = moves.unflatten(2, (sides, -1)).permute(2, 0, 3, 1)  # (S, N, E, C)
+    key = (moves != 0).any(3).flatten().nonzero().flatten()
+    return key, moves.flatten(0, 2)[key]
 
 
 def _summed(cumulants: list[Tensor], steps: Tensor) -> Tensor:
