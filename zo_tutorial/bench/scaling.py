@@ -87,8 +87,8 @@ class Step:
 def _on_its_way(case: Case) -> Case:
     """A network that is trained as a whole, after some first-order steps, for a run spends its time behind its start.
 
-    At the start of the CNN too many numbers are near a kink, and the queries of its first convolution take four times
-    as long: one unit, so much larger than the others that two workers cannot have the same share.
+    At the start of the CNN too many numbers are near a kink, and the queries of its first convolution take twice as
+    long: one unit, more than half of the step, so that two workers cannot have the same share.
     """
     if case.masks is not None or case.chosen is not None:
         return case

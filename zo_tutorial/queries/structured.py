@@ -15,7 +15,7 @@ gains little: most operations are too short to share):
   passes over 2.5 million numbers: 4 ms; the recorded pass and the round of each of 8 cores: 8 ms. Measured: 27 ms, 8
   first-order steps; by shifting 17 million hidden numbers, as for smooth activations, 33 ms.
 - Convolutions: flops, then dispatch. By the logits, 0.55e9 multiply-adds for 8,557 queries of the 4,278-weight net: 14
-  ms. Measured: 66 ms, 16 first-order steps, a third of it for the kinks behind the first convolution. For smooth
+  ms. Measured: 66 ms, 16 to 20 first-order steps, a third of it for the kinks behind the first convolution. For smooth
   activations or larger steps, of the next layer only what one changed channel needs, then all of the network behind it,
   is run for each shift: 0.4 to 0.6 s.
 - Encoder of two blocks 128 wide, one-sided, 32 sentences of 12 words: flops. A query of the first block multiplies 50
