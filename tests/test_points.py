@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zo_tutorial import Encoder, TensorizedLinear_module
+from zo_tutorial.low_rank import LowRank
 from zo_tutorial.queries import LossQueries
 from zo_tutorial.queries.parts import Part
 from zo_tutorial.queries.points import Points
@@ -308,6 +309,63 @@ def test_what_changes_nothing_changes_nothing(dtype):
     assert (some[2:5] == loss).all() and (some[[0, 1, 5]] != loss).all()
 
 
+def along(model, batch, names, low_rank=False, kept=1.0, criterion=joint):
+    """Losses along directions of some parameters, against the loop; which `directional` answered."""
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith(tuple(names))}
+    generator = torch.Generator().manual_seed(5)
+    index = {name: range(p.numel()) for name, p in parameters.items()}
+    if kept < 1:
+        masks = {name: torch.rand(p.numel(), generator=generator) < kept for name, p in parameters.items()}
+        index = {name: mask.nonzero().flatten() for name, mask in masks.items() if mask.any()}
+    parameters = {name: parameters[name] for name in index}
+    if low_rank:
+        directions = LowRank(5, list(parameters.values()), list(index.values()), 2, generator)
+    else:
+        directions = torch.randn(5, sum(map(len, index.values())), generator=generator)
+    queries, loop = (LossQueries(model, criterion, parameters, mode) for mode in ("structured", "loop"))
+    for one in (queries, loop):
+        one.start(*batch, seed=3)
+    mine, theirs = (q.directions(index, directions, [0.1, -0.2, 1.0]) for q in (queries, loop))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert len(theirs.unique()) == theirs.numel()
+    return queries.evaluation.recording.along[2]
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("low_rank, kept", [(False, 1.0), (False, 0.1), (True, 1.0), (True, 0.5)])
+@pytest.mark.parametrize("names", [["blocks", "slots.0", "intent.0"], ["blocks.1.up", "slots"], ["blocks.0.output"]])
+def test_directions_of_the_encoder(tensors, low_rank, kept, names):
+    model = encoder(tensors, dropout=0.2, focus=[(-1, 2.0), (0, 0.5)]).double()
+    assert along(model, sentences(6, True), names, low_rank, kept).program is not None
+
+
+def test_directions_of_embeddings_too():
+    """There is no rule for a table of its own at each point: vmap replays, where a layer has factors."""
+    names = ["words", "blocks.1.up"]
+    assert along(encoder(False).double(), sentences(6, True), names, low_rank=True).program is None
+
+
+def test_directions_through_what_is_called_between():
+    """Two dense layers that nothing but rules connects; of the second the input stands still."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(6, 4), nn.Linear(6, 4, bias=False), nn.Linear(4, 3)
+
+        def forward(self, x):
+            gate = self.b(x).softmax(-1)
+            return self.c(self.a(x).tanh() * gate + gate.mean(1, keepdim=True))
+
+    def last(outputs, targets):
+        return F.cross_entropy(outputs[:, -1], targets)
+
+    batch = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(5) % 3
+    for names in (["a", "b"], ["b"], ["c", "b"], ["a", "b", "c"]):
+        assert along(Net().double(), batch, names, criterion=last).program is not None
+
+
 def test_a_part_is_put_and_picked():
     rest = torch.arange(24.0).view(2, 3, 4)
     part = Part(torch.full((2, 2, 2, 4), -1.0), -2, torch.tensor([[0, 2], [1, 2]]), rest)
@@ -324,4 +382,4 @@ def test_points_know_the_loss_where_nothing_moved():
     recording = queries.evaluation.recorded()
     points = Points(recording, recording.call_of(model.blocks[1].key))
     torch.testing.assert_close(points.base, loss[None])
-    torch.testing.assert_close(points.losses(points.start.expand(5, -1, -1, -1)), loss.expand(5))
+    torch.testing.assert_close(points.moved(points.start.expand(5, -1, -1, -1)), loss.expand(5))

@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
 from zo_tutorial.directions import Directions
 from zo_tutorial.low_rank import LowRank
-from zo_tutorial.queries.chain import Chain, Factors, Pairs
-from zo_tutorial.queries.cost import product, vmapped
-from zo_tutorial.queries.recording import AT_ONCE, Call, Recording, bytes_of, copies
+from zo_tutorial.queries.chain import Chain, Factors, LayerOfChain, Pairs, outputs_of
+from zo_tutorial.queries.cost import MEMORY, SETUP, beside, product, vmapped
+from zo_tutorial.queries.points import Program
+from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Call, Recording, bytes_of, copies
 from zo_tutorial.queries.sensitivity import units_back, units_first
 from zo_tutorial.queries.suffix import CACHE
 from zo_tutorial.queries.way import Index, Unsuitable, add_at, pieces_of
@@ -73,10 +75,14 @@ class Directional:
             if isinstance(layer, nn.Linear) and layer in self.dense and (layer, name) not in self.shared
         }
         self.chain = self._chain(starts)
-        if not self.dense and not self.shared and self.chain is None:
-            raise Unsuitable("no dense layer comes first, and the layers are no chain")
         others = [call for call in starts if call.layer not in self.dense]
         self.calls = sorted(recording.after(*starts) + others, key=recording.calls.index)
+        # a chain that ends before the loss leaves the rest to vmap: rules, if there are such, are quicker
+        whole_chain = self.chain is not None and self.chain.suffix.cross_entropy is not None
+        self.program = None if whole_chain else self._program(starts)
+        self.chain = None if self.program is not None else self.chain
+        if not self.dense and not self.shared and self.chain is None and self.program is None:
+            raise Unsuitable("no dense layer comes first, and there is no rule for some call")
 
     def _chain(self, starts: list[Call]) -> Chain | None:
         """The chain that the perturbed layers are in, if they are in one."""
@@ -86,6 +92,15 @@ class Directional:
             return None
         return chain if {layer for layer, _ in self.index} <= set(chain.layers) else None
 
+    def _program(self, starts: list[Call]) -> Program | None:
+        """The calls by their rules, if there is one for each and the perturbed layers are known to `_made`."""
+        if not all(isinstance(layer, (nn.Linear, nn.LayerNorm, *TENSOR_LAYERS)) for layer, _ in self.index):
+            return None
+        try:
+            return Program(self.recording, self.calls, starts)
+        except Unsuitable:
+            return None
+
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
         """L(θ + s u) for S scales and n directions: (S, n)."""
         parameters = [layer.get_parameter(name) for layer, name in self.index.keys() - self.shared]
@@ -93,6 +108,7 @@ class Directional:
         if each > self.limit:
             raise Unsuitable("the memory does not suffice for one direction")
         points = AT_ONCE / self.recording.bytes if self.chain is None else CACHE / self.chain.bytes  # to run at once
+        points = points if self.program is None else self.program.many
         portion = max(1, int(min(self.limit / each, points / len(scales))))
         starts = range(0, directions.n, portion)
         parts = (directions.part(start, min(start + portion, directions.n)) for start in starts)
@@ -107,6 +123,9 @@ class Directional:
             return first + self.chain.seconds(asked, first > 0)
         own = self.index.keys() - self.shared
         copied = [layer.get_parameter(name) for layer, name in own if layer not in self.dense]
+        if self.program is not None:
+            together = beside(self.calls, min(asked, self.program.many))
+            return first + SETUP / asked + 3 * bytes_of(copied) / MEMORY + together
         return first + vmapped(self.recording, asked, copied, self.calls)
 
     def _losses(self, directions: Directions, scales: list[float]) -> Tensor:
@@ -148,11 +167,16 @@ class Directional:
     def _replayed(
         self, outputs: dict[nn.Linear, Tensor], parameters: dict[nn.Module, Pairs], factors: dict[nn.Module, Factors]
     ) -> Tensor:
-        """(P,) losses of P points by `vmap`, from the outputs of first layers (P, out, R), and weights of others."""
+        """(P,) losses of P points, from the outputs of first layers (P, out, R), and weights of others."""
         values = {}
         for layer, z in outputs.items():
             result = self.dense[layer].results[0]
             values[id(result)] = units_back(layer, z, result.shape)
+        if self.program is not None:
+            layers: dict[nn.Module | None, Callable] = {}
+            for own in parameters.keys() | factors.keys():
+                layers[own] = partial(_made, own, parameters.get(own, []), factors.get(own))
+            return self.program.losses(values, layers)
         copied = {layer: [points for _, points in pairs] for layer, pairs in parameters.items()}
 
         def loss(values, copied, factors):
@@ -176,6 +200,30 @@ class Directional:
                 yield a, c
             else:
                 yield directions.of_parameter(k)
+
+
+def _made(layer: nn.Module, pairs: Pairs, factors: Factors | None, x: Tensor) -> Tensor:
+    """What a layer makes of x (P, ..., in), or of one x for all points (1, ..., in): (P, ..., out)."""
+    own, one = {id(old): new for old, new in pairs}, [1] * (x.dim() - 1)
+    if isinstance(layer, nn.LayerNorm):
+        z = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+        for parameter, join in ((layer.weight, torch.mul), (layer.bias, torch.add)):
+            if parameter is not None:
+                points = own.get(id(parameter), parameter.unsqueeze(0))  # (P or 1, *shape)
+                z = join(z, points.view(len(points), *one[parameter.dim() :], *parameter.shape))
+        return z
+    assert isinstance(layer, LayerOfChain)
+    rows = x.flatten(1, -2)  # (P, R, in)
+    if isinstance(layer, TENSOR_LAYERS):
+        z = outputs_of(layer, rows.mT, pairs, None).mT
+    else:
+        weight, bias = own.get(id(layer.weight)), own.get(id(layer.bias))
+        z = F.linear(rows, layer.weight) if weight is None else rows @ weight.mT  # (P, R, out)
+        if factors is not None:
+            z = z + _change(*factors, rows)
+        if layer.bias is not None:
+            z = z + (layer.bias if bias is None else bias.unsqueeze(1))
+    return z.reshape(len(z), *x.shape[1:-1], -1)
 
 
 def _change(a: Tensor, c: Tensor, x: Tensor) -> Tensor:

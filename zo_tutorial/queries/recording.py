@@ -139,6 +139,7 @@ class Recording(TorchFunctionMode):
         self.layers_seen: dict = {}  # for `structured`: what it has found out about layers
         self.logits_seen: dict = {}  # for `logits`: the same
         self.probed: tuple = ()  # for `structured`: layer, parameter and what it found out of them last
+        self.along: tuple = ()  # for `structured`: the same of directions: whether they are of low rank, where they go
 
     def __enter__(self):
         self.handles = []
@@ -156,7 +157,7 @@ class Recording(TorchFunctionMode):
         """Drop what was found out: it points back here, and so would keep all results until garbage is collected."""
         self.layers_seen.clear()
         self.logits_seen.clear()
-        self.probed = ()
+        self.probed = self.along = ()
 
     def _enter_layer(self, layer, args, kwargs):
         if not self.broken:

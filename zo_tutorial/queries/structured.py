@@ -103,8 +103,12 @@ class Structured:
         return len(positions) >= least and (core or isinstance(layer, CONVOLUTIONS))
 
     def _directional(self, index: dict[str, Index], low_rank: bool) -> Directional:
-        layers = {self._layer(name): positions for name, positions in index.items()}
-        return Directional(self.evaluation.recorded(), layers, self.evaluation.room(), low_rank)
+        """What answers along directions; the last one is kept, for all the portions in which they are asked."""
+        recording = self.evaluation.recorded()
+        if recording.along[:1] != (low_rank,) or recording.along[1] is not index:
+            layers = {self._layer(name): positions for name, positions in index.items()}
+            recording.along = low_rank, index, Directional(recording, layers, self.evaluation.room(), low_rank)
+        return recording.along[2]
 
     def _probe(self, name: str) -> "Probe":
         """What the parameter answers; the last one is kept, for all the portions in which it is asked."""
@@ -252,7 +256,7 @@ class Probe:
         z = torch.addcmul(self.z[units], steps[..., None, None], sensitivity).flatten(0, 1)  # (S K, rows, R)
         z = z.transpose(1, 2).reshape(len(z), *self.behind.start.shape[:-1], -1)
         part = Part(z, -1, units.repeat(len(steps), 1), self.behind.start)
-        return (self.behind.losses(part) - self.behind.base).view_as(steps)
+        return (self.behind.moved(part) - self.behind.base).view_as(steps)
 
     def _change_units(self, positions: Tensor, steps: Tensor) -> Tensor:
         """`look` at coordinates of any units in front of a cross-entropy: (S, K) from steps (S, K)."""
