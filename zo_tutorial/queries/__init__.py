@@ -11,7 +11,8 @@ the first answers with those of the `loop`, the reference. The ways have one fac
   Where few weights are asked, it runs the suffix only (`suffix`, `cross_entropy`), for many outputs side by side and
   only what moves of them (`points`, `parts`, `rules`). Where many are, it sums over the samples first: of dense layers
   by values of each unit (`sums`, `rows`), of tensor layers and convolutions by the derivatives of the logits (`logits`,
-  `jacobian`, `kinks`). Directions go through `directional`, those of a `chain` of dense and tensor layers without vmap.
+  `jacobian`, `kinks`). Directions go through `directional`: as a `chain` of dense and tensor layers, or by rules
+  too.
 
 Several workers share what a step asks: its rounds, cut into units (`shared`), or the rows of the batch
 (`rows_of_batch`).

@@ -6,8 +6,9 @@ The first dense layer sees the same input at every perturbed point, and so
 
 where U has the zeros of the mask: for few kept weights the product is sparse. What comes before the perturbed layers
 is not computed again. Those behind the first run with a copy of their parameters for each point: by batched products
-where they are a `Chain`, else many points in one call of `torch.func.vmap`. Where U = A Cᵀ is of low rank, no dense
-layer needs a copy: the points share X Wᵀ, and each adds its σ (X C) Aᵀ (chapter 9).
+where they are a `Chain`, by rules where there is one for each call (`points`), else many points in one call of
+`torch.func.vmap`. Where U = A Cᵀ is of low rank, no dense layer needs a copy: the points share W, and each adds its
+σ (X C) Aᵀ (chapter 9).
 """
 
 import warnings
@@ -41,12 +42,12 @@ class Directional:
         low_rank: whether the directions are `LowRank`.
 
     Attributes:
-        chain: what the perturbed layers are in, if they are in a chain.
+        chain, program: what runs the perturbed layers and all behind them; both None: vmap does.
         shared: the parameters whose low-rank directions stay in factors.
 
     Raises:
         Unsuitable: the recording does not tell, or there is nothing to gain: no dense layer comes first or has
-            factors, and the layers are no chain.
+            factors, the layers are no chain, and there is no rule for some call.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A recorded suffix for many points side by side, and only of what moves.
+"""Recorded calls for many points side by side, and only of what moves.
 
 For each call there is a rule (`rules`), which says what becomes of it with the points in one more dimension in front.
 Where one is missing, `torch.func.vmap` finds it (`suffix`), at several times the price: its points are so many, and all
