@@ -214,7 +214,7 @@ def _made(layer: nn.Module, pairs: Pairs, factors: Factors | None, x: Tensor) ->
                 z = join(z, points.view(len(points), *one[parameter.dim() :], *parameter.shape))
         return z
     assert isinstance(layer, LayerOfChain)
-    rows = x.flatten(1, -2)  # (P, R, in)
+    rows = x.reshape(len(x), -1, x.shape[-1])  # (P, R, in)
     if isinstance(layer, TENSOR_LAYERS):
         z = outputs_of(layer, rows.mT, pairs, None).mT
     else:
