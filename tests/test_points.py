@@ -339,6 +339,12 @@ def test_directions_of_the_encoder(tensors, low_rank, kept, names):
     assert along(model, sentences(6, True), names, low_rank, kept).program is not None
 
 
+def test_results_are_dropped_after_their_last_use():
+    """So long sentences fit into a memory that would not hold all results of one point."""
+    directional = along(encoder(True).double(), sentences(17, True), ["blocks", "slots.0"])
+    assert directional.program.bytes < directional.recording.bytes / 8
+
+
 def test_directions_of_embeddings_too():
     """There is no rule for a table of its own at each point: vmap replays, where a layer has factors."""
     names = ["words", "blocks.1.up"]

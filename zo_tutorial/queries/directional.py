@@ -105,7 +105,8 @@ class Directional:
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
         """L(θ + s u) for S scales and n directions: (S, n)."""
         parameters = [layer.get_parameter(name) for layer, name in self.index.keys() - self.shared]
-        each = len(scales) * 2 * self.recording.bytes + (2 * len(scales) + 1) * bytes_of(parameters)
+        results = self.recording.bytes if self.program is None else self.program.bytes
+        each = len(scales) * 2 * results + (2 * len(scales) + 1) * bytes_of(parameters)
         if each > self.limit:
             raise Unsuitable("the memory does not suffice for one direction")
         points = AT_ONCE / self.recording.bytes if self.chain is None else CACHE / self.chain.bytes  # to run at once

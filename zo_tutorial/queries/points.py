@@ -33,6 +33,7 @@ class Program:
 
     Attributes:
         many: so many points are best run at once.
+        bytes: the most that the results of one point take at a time.
 
     Raises:
         Unsuitable: for some call there is no rule.
@@ -47,6 +48,12 @@ class Program:
         self.used = [[key for key, k in last.items() if k == here] for here in range(len(calls))]
         self.base: Tensor | None = None
         self.many = max(1, CACHE // max(bytes_of(c.results) for c in [*starts, *calls]))
+        self.bytes, held = 0, {id(t): bytes_of([t]) for c in starts for t in c.results}
+        for call, used in zip(calls, self.used, strict=True):
+            held |= {id(t): bytes_of([t]) for t in call.results}
+            self.bytes = max(self.bytes, sum(held.values()))
+            for key in used:
+                held.pop(key, None)
         torch.empty(min(KEPT, int(recording.limit)), dtype=torch.uint8)
 
     def losses(
