@@ -24,9 +24,9 @@ gains little: most operations are too short to share):
 - `sign`: dispatch. A look is some forty operations for a dozen coordinates or two (`walk`): 22 µs a coordinate of the
   dense net, 80 of the TTM net, of which 25 are for the recordings that each core begins with.
 
-Compilers were weighed on what the TTM step does most, the sums over the moves of the logits (128 samples, 10 classes, 64
-to 1,024 entries): numba's loops take 1.5 to 1.7 times as long as torch's products, torch.compile 1.2 to 1.3 times, and 16
-seconds at its first use. What is left is spread over hundreds of calls, none of which takes a tenth of a step.
+Compilers were weighed on what the TTM step does most, the sums over the moves of the logits (128 samples, 10 classes,
+64 to 1,024 entries): numba's loops take 1.5 to 1.8 times as long as torch's products, torch.compile 1.2 to 1.4 times,
+and 16 seconds at its first use. What is left is spread over hundreds of calls, none of which takes a tenth of a step.
 """
 
 import torch
