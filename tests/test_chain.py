@@ -199,3 +199,20 @@ def test_the_contraction_is_the_product_with_the_matrix(ranks, shapes, columns):
         torch.testing.assert_close(contracted(cores, x), torch.stack(whole) @ x)
     both = _joined(cores[0], cores[1])
     assert both.shape == (4, 1, outputs[0] * outputs[1], inputs[0] * inputs[1], ranks[2])
+
+
+def test_an_answer_does_not_depend_on_what_was_asked_before():
+    """A worker has asked other directions of the step before, and some may have been too long for exp."""
+    model, (x, y) = of("TTM"), batch("TTM")
+    trained = select_parameters(model).trained
+    index = {name: range(p.numel()) for name, p in trained.items()}
+    u = torch.randn(2, sum(map(len, index.values())), generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    answers = []
+    for before in (False, True):
+        queries = LossQueries(model, F.cross_entropy, trained, "structured")
+        queries.start(x, y, 0)
+        if before:
+            far = queries.directions(index, u[:1], [3e3])
+            assert far.isfinite().all()
+        answers.append(queries.directions(index, u[1:], [0.01, -0.01]))
+    assert torch.equal(*answers)

@@ -104,6 +104,8 @@ class Directional:
 
     def losses(self, directions: Directions, scales: list[float]) -> Tensor:
         """L(θ + s u) for S scales and n directions: (S, n)."""
+        if self.chain is not None and self.chain.suffix.cross_entropy is not None:
+            self.chain.suffix.cross_entropy.stable = False  # begin as one would who was not asked before
         parameters = [layer.get_parameter(name) for layer, name in self.index.keys() - self.shared]
         results = self.recording.bytes if self.program is None else self.program.bytes
         each = len(scales) * 2 * results + (2 * len(scales) + 1) * bytes_of(parameters)
