@@ -301,3 +301,26 @@ def test_the_models_of_the_book_are_answered_by_the_logits(make, no_probe):
             way = queries.choice.ways["structured"]
             with torch.no_grad():
                 assert way.coordinates(name, torch.arange(parameter.numel()), [1e-3, -1e-3]).isfinite().all()
+
+
+def test_many_crossings_are_moved_on_by_products(monkeypatch):
+    """Behind a step so long that terms meet several kinks each, and near to it, where they are moved on one by one."""
+    from zo_tutorial.queries import logits
+
+    taken = []
+    for name in ("_product", "_one_by_one"):
+        way = getattr(logits, name)
+        monkeypatch.setattr(logits, name, lambda *a, way=way, name=name: taken.append(name) or way(*a))
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(576, 3)).double()
+    x, y = torch.randn(16, 1, 16, 16, dtype=torch.float64), torch.arange(16) % 3
+    weights = {"0.weight": model[0].weight}
+    index = torch.arange(model[0].weight.numel())
+    for step in (1e-4, 3e-3, 1e-2, 1.5e-2):
+        queries, loop = (LossQueries(model, F.cross_entropy, weights, mode) for mode in ("structured", "loop"))
+        base = queries.start(x, y, 0)[1]
+        loop.start(x, y, 0)
+        mine, theirs = (q.coordinates("0.weight", index, [step, -step]) - base for q in (queries, loop))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
+    assert set(taken) == {"_product", "_one_by_one"}
