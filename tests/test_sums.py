@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zo_tutorial.queries import LossQueries, structured
+from zo_tutorial.queries import Coordinates, LossQueries, norm_rows, structured
+from zo_tutorial.queries import rows as rows_of_tail
 
 CLASSES, IGNORED = 4, -100
 ACTIVATIONS = {
@@ -156,6 +157,105 @@ def test_words_are_rows_and_some_are_ignored(tail, h, dtype, answers):
     check(model, F.cross_entropy, (x.view(12, 5, 12), targets), h, "layers.0.weight", dtype=dtype)
     if h == 1e-3:
         assert answers == {"summed": 1, "refused": 0}
+
+
+class Functional(nn.Module):
+    """A norm written as a function, with its arguments here and there."""
+
+    def __init__(self, centred, weight=None, bias=None, **options):
+        super().__init__()
+        self.centred, self.options = centred, options
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        if self.centred:
+            return F.layer_norm(x, x.shape[-1:], self.weight, bias=self.bias, **self.options)
+        return F.rms_norm(x, x.shape[-1:], weight=self.weight, **self.options)
+
+
+def random_norm(norm):
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1.0)
+    return norm
+
+
+NORMS = {
+    "layer": lambda: random_norm(nn.LayerNorm(9)),
+    "layer, no bias": lambda: random_norm(nn.LayerNorm(9, bias=False)),
+    "layer, plain": lambda: nn.LayerNorm(9, eps=0.3, elementwise_affine=False),
+    "layer, a function": lambda: Functional(True, bias=torch.arange(9.0), eps=0.1),
+    "root mean square": lambda: random_norm(nn.RMSNorm(9, eps=1e-3)),
+    "root mean square, plain": lambda: nn.RMSNorm(9, eps=0.2, elementwise_affine=False),
+    "root mean square, a function": lambda: Functional(False, weight=torch.arange(9.0), eps=1e-4),
+}
+
+
+@pytest.fixture
+def series(monkeypatch):
+    """Whether each answer through a norm came from the series."""
+    seen, plain = [], norm_rows.NormRows.changes
+
+    def watched(self, at, change):
+        answer = plain(self, at, change)
+        seen.append(self.rounding == 0)
+        return answer
+
+    monkeypatch.setattr(norm_rows.NormRows, "changes", watched)
+    return seen
+
+
+@pytest.mark.parametrize("h", [1e-4, 1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), None])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_in_front_of_the_head(norm, activation, h, answers, series):
+    """Of words, of which some are ignored, and of samples with class weights."""
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        x, targets = batch_of(60)
+        targets[torch.arange(0, 60, 7)] = IGNORED
+        layers = [nn.Linear(12, 9), activation or nn.Identity(), NORMS[norm](), nn.Linear(9, CLASSES)]
+        check(Words(*layers), F.cross_entropy, (x.view(12, 5, 12), targets), h, "layers.0.weight", dtype=dtype)
+        check(nn.Sequential(*layers), weighted, batch_of(), h, "0.weight", dtype=dtype)
+        if h == 1e-4 and dtype == torch.float32:
+            assert series and all(series)
+        if h == 0.3:
+            assert not any(series)  # too far: rows are run
+        series.clear()
+    if h <= 1e-3:
+        assert answers["summed"] and not answers["refused"]
+
+
+@pytest.mark.parametrize("norm", [*NORMS.values(), lambda: nn.RMSNorm(9), lambda: Functional(False)])
+def test_the_series_of_a_norm_at_each_entry(norm):
+    """Entry by entry against rows that are run, in double precision, with moves of both signs and of 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), nn.GELU(), norm(), nn.Linear(9, CLASSES)).double()
+    queries, _ = queries_of(model, F.cross_entropy, batch_of(), "structured")
+    with torch.no_grad():
+        recording = queries.evaluation.recorded()
+        call = recording.call_of(model[0])
+        given = recording, call, call.results[0].T.contiguous()
+        change = 1e-5 * torch.randn(3, 9, 40, dtype=torch.float64)
+        change[:, 2] = 0
+        mine, rows = norm_rows.NormRows(*given), rows_of_tail.TailRows(*given)
+        found, expected = mine.changes(..., change), rows.changes(..., change)
+        assert mine.rounding == 0 and (found[:, 2] == 0).all()
+        assert (found - expected).abs().max() < 1e-10 * expected.abs().max() + rows.rounding
+        i, b = torch.tensor([0, 8, 3]), torch.tensor([39, 0, 5])
+        assert torch.allclose(mine.changes((i, b), change[0, i, b]), found[0, i, b], rtol=1e-12)
+
+
+def test_a_round_that_sums_is_one_unit():
+    """Parts of it would be too small to sum, and as long as the whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 40))
+    queries, _ = queries_of(model, F.cross_entropy, (torch.randn(2000, 64), torch.randint(40, (2000,))), "auto")
+    rounds = Coordinates("0.weight", torch.arange(1024), [1e-3]), Coordinates("0.bias", torch.arange(64), [1e-3])
+    for asked in rounds:
+        queries.coordinates(asked.name, asked.index, asked.shifts)
+    assert len(queries.choice.units(rounds[0])) == 1
+    assert len(queries.choice.units(rounds[1])) > 1  # one by one, and shared
 
 
 class Mixing(nn.Module):

@@ -85,7 +85,7 @@ class Series:
         share: of the size of a change, by which the series may be off. None: it takes more than `ORDERS` cumulants.
         """
         low, high = change.aminmax()
-        order = _order(max(-low.item(), high.item()) * self.size, share)
+        order = order_of(max(-low.item(), high.item()) * self.size, share)
         if order is None:
             return None
         while len(self.cumulants) < order:
@@ -109,7 +109,7 @@ class Series:
         self.cumulants.append(self.moments[-1] - rest)
 
 
-def _order(x: float, share: float) -> int | None:
+def order_of(x: float, share: float) -> int | None:
     """The order at which Σ_m D^m κ_m can be cut for |D w| up to x, with an error below that share of x.
 
     Where |D w| ≤ 1, also for complex D, E exp(D w) lies between e and e⁻¹ cos 1 from 0, in the half plane around 1: its

@@ -122,7 +122,7 @@ class TailRows:
         self.weight: Tensor | None = None
         if self.behind and isinstance(self.behind[0].layer, (nn.Linear, *TENSOR_LAYERS)):
             self.weight = self.behind[0].weight().T.contiguous()  # (units, out)
-            self.o = _run(self.behind[:1], _run(self.activations, self.z.T.clone()))  # (B, out)
+            self.o = run(self.behind[:1], run(self.activations, self.z.T.clone()))  # (B, out)
         every = torch.arange(self.z.shape[1], device=z.device)
         self.base = self._losses(self.z.T.clone() if self.weight is None else self.o.clone(), every)  # (B,)
         largest = float((self.base * self.shares).abs().max())
@@ -149,7 +149,7 @@ class TailRows:
         else:
             # o' = o + (φ(z + δ) − φ(z)) W_i
             z, base = self.z[i, b], self.o[b]  # (M,), (M, out)
-            change = _run(self.activations, z + change) - _run(self.activations, z)
+            change = run(self.activations, z + change) - run(self.activations, z)
             moved = torch.addcmul(base, change[:, None], self.weight[i])
         # what moves nothing changes nothing, however a product of matrices rounds in another place
         still = same(moved, base)
@@ -157,11 +157,11 @@ class TailRows:
 
     def _losses(self, entered: Tensor, b: Tensor) -> Tensor:
         """Cross-entropies (M,) of the rows b: of outputs of the layer (M, units), or of the dense layer's behind it."""
-        logits = _run(self.calls if self.weight is None else self.behind[1:], entered)
+        logits = run(self.calls if self.weight is None else self.behind[1:], entered)
         return F.cross_entropy(logits, self.cross_entropy.targets[b], reduction="none")
 
 
-def _run(calls: list[Call], x: Tensor) -> Tensor:
+def run(calls: list[Call], x: Tensor) -> Tensor:
     for call in calls:
         x = call.again({id(call.args[0]): x}, None)
     return x

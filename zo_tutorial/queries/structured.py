@@ -39,6 +39,7 @@ from zo_tutorial.queries.descent import descend_ahead
 from zo_tutorial.queries.directional import Directional
 from zo_tutorial.queries.evaluation import Evaluation
 from zo_tutorial.queries.logits import logits_behind
+from zo_tutorial.queries.norm_rows import NormRows
 from zo_tutorial.queries.parts import Part
 from zo_tutorial.queries.recording import AT_ONCE, TENSOR_LAYERS, Recording, overlap, span
 from zo_tutorial.queries.rows import RowLosses, SeriesRows, TailRows
@@ -69,8 +70,8 @@ class Structured:
 
     def _by_logits(self, name: str, positions: Tensor, shifts: list[float]) -> Tensor | None:
         """The changes of the loss where that is the cheaper way; None where it is not."""
-        if not self.at_once("coordinates", {name: positions}):
-            return None  # a dense layer's weights are summed first (`sums`)
+        if not self._logits_pay(name, positions):
+            return None
         layer, parameter = self._layer(name)
         recording, value = self.evaluation.recorded(), layer.get_parameter(parameter)
         try:
@@ -96,10 +97,14 @@ class Structured:
         return sum(self._probe(name).seconds(recording, kind, asked) for name in index)
 
     def at_once(self, kind: str, index: dict[str, Index]) -> bool:
-        """Of coordinates those that the logits may answer."""
+        """Of coordinates those that the logits may answer, or sums."""
         if kind != "coordinates":
             return False
         ((name, positions),) = index.items()
+        return self._logits_pay(name, positions) or self._probe(name).summing(len(positions)) is not None
+
+    def _logits_pay(self, name: str, positions: Index) -> bool:
+        """Whether the logits may answer. A dense layer's weights are summed first (`sums`)."""
         layer, parameter = self._layer(name)
         core = isinstance(layer, TENSOR_LAYERS) and parameter != "bias"
         entries = layer.get_parameter(parameter).numel()
@@ -168,11 +173,8 @@ class Probe:
 
     def seconds(self, recording: Recording, kind: str, asked: int) -> float:
         """An estimate of what a query takes. `descend` looks at both sides of one coordinate, and where it stands."""
-        if kind == "coordinates" and self._many(asked):
-            try:
-                return summing(self._row_losses(), self.response.run, asked)
-            except Unsuitable:
-                pass
+        if kind == "coordinates" and (seconds := self.summing(asked)) is not None:
+            return seconds / asked
         if self.behind is not None and kind != "descend":
             return SETUP / asked + beside(self.behind.calls, min(asked, self.together))
         if self.head is not None:
@@ -185,6 +187,13 @@ class Probe:
             return SETUP / asked + looped(self.suffix.calls)
         whole = 4 * self.z.numel() * self.z.element_size() / MEMORY  # each point has an output of its own
         return whole + vmapped(recording, asked, [], self.suffix.calls)
+
+    def summing(self, asked: int) -> float | None:
+        """An estimate of what a round takes that sums first; None where it does not."""
+        try:
+            return summing(self._row_losses(), self.response.run) if self._many(asked) else None
+        except Unsuitable:
+            return None
 
     def look(self, positions: Tensor, shifts: list[float]) -> Tensor:
         """The changes of the loss under each of S shifts of each of K coordinates: (S, K)."""
@@ -231,7 +240,11 @@ class Probe:
         """What one unit of one row does to the loss. Raises Unsuitable where rows depend on each other."""
         if self.head is not None and self.series is not None:
             return SeriesRows(self.head, self.series, self.z)
-        return TailRows(self.recording, self.recording.call_of(self.layer), self.z)
+        given = self.recording, self.recording.call_of(self.layer), self.z
+        try:
+            return NormRows(*given)
+        except Unsuitable:
+            return TailRows(*given)
 
     def _many(self, asked: int) -> bool:
         """Whether to sum first: many losses for each unit, all units with the same inputs."""

@@ -28,10 +28,10 @@ FEW = 1 / 8  # of the samples of all weights, that may be asked for weight by we
 AT_ONCE = 2**18  # values of f to ask for in one call
 
 
-def summing(losses: RowLosses, inputs: int, asked: int) -> float:
-    """An estimate of what a query takes where so many are asked, of a layer with so many inputs (seconds)."""
+def summing(losses: RowLosses, inputs: int) -> float:
+    """An estimate of what `summed` takes (seconds), of a layer with so many inputs."""
     entries = losses.z.numel()
-    return (SETUP + NODES * entries * losses.seconds + 2 * entries * inputs / RATE) / asked
+    return SETUP + NODES * entries * losses.seconds + 2 * entries * inputs / RATE
 
 
 def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def summed(losses: RowLosses, columns: Tensor, positions: Tensor, steps: Tensor)
 
     # the weights of unit i stand from starts[i] to starts[i + 1]
     starts = torch.searchsorted(positions, torch.arange(0, (units + 1) * inputs, inputs, device=positions.device))
-    powers, bad = _polynomials(f, losses.rounding, starts.diff().to(steps) / len(positions))
+    powers, bad = _polynomials(f, losses, starts.diff().to(steps) / len(positions))
     total, whole = torch.zeros_like(steps), units * inputs == len(positions) and is_range(positions)
     for m, coefficients in reversed(list(enumerate(powers, 1))):
         coefficients = (coefficients / reach**m).masked_fill_(bad, 0.0)  # (units, B)
@@ -79,11 +79,11 @@ def is_range(positions: Tensor) -> bool:
     return ends and bool((positions[1:] > positions[:-1]).all())
 
 
-def _polynomials(f: Callable[[Tensor], Tensor], rounding: float, weight: Tensor) -> tuple[list[Tensor], Tensor]:
+def _polynomials(f: Callable[[Tensor], Tensor], losses: RowLosses, weight: Tensor) -> tuple[list[Tensor], Tensor]:
     """Coefficients of t, t², … of f(t) for t between −1 and 1, each (units, B), and where they do not fit.
 
     Args:
-        rounding: of f.
+        losses: which has the rounding of f.
         weight: the share of weights that each unit has (units,).
 
     Raises:
@@ -93,7 +93,7 @@ def _polynomials(f: Callable[[Tensor], Tensor], rounding: float, weight: Tensor)
     (odd, halfway_odd), (even, halfway_even) = _parts(f, weight.new_tensor([1.0, 0.5]).view(2, 1, 1))
     # odd = a_1 + a_3, halfway_odd = a_1 / 2 + a_3 / 8; even = a_2 + a_4, halfway_even = a_2 / 4 + a_4 / 16
     third, fourth = (odd - 2 * halfway_odd) * 4 / 3, (even - 4 * halfway_even) * 4 / 3
-    allowed = NEAR[odd.dtype] * max(odd.abs().max(), even.abs().max()) + rounding
+    allowed = NEAR[odd.dtype] * max(odd.abs().max(), even.abs().max()) + losses.rounding
     powers = [odd - third, even - fourth]
     bad = (third.abs() + fourth.abs() > allowed) & (weight > 0)
     if (bad * weight).sum() > FEW * bad.shape[1]:
