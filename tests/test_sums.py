@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zo_tutorial.queries import Coordinates, LossQueries, norm_rows, structured
-from zo_tutorial.queries import rows as rows_of_tail
+from zo_tutorial.queries.rows import TailRows
 
 CLASSES, IGNORED = 4, -100
 ACTIVATIONS = {
@@ -235,10 +235,10 @@ def test_the_series_of_a_norm_at_each_entry(norm):
     with torch.no_grad():
         recording = queries.evaluation.recorded()
         call = recording.call_of(model[0])
-        given = recording, call, call.results[0].T.contiguous()
         change = 1e-5 * torch.randn(3, 9, 40, dtype=torch.float64)
         change[:, 2] = 0
-        mine, rows = norm_rows.NormRows(*given), rows_of_tail.TailRows(*given)
+        rows = TailRows(recording, call, call.results[0].T.contiguous())
+        mine = norm_rows.NormRows(rows)
         found, expected = mine.changes(..., change), rows.changes(..., change)
         assert mine.rounding == 0 and (found[:, 2] == 0).all()
         assert (found - expected).abs().max() < 1e-10 * expected.abs().max() + rows.rounding

@@ -1,6 +1,6 @@
-"""What one unit of one sample does to the loss through a normalisation: `TailRows` by a series in two numbers.
+"""What one unit of one sample does to the loss through a norm, by a series in two numbers.
 
-Behind unit u come an elementwise φ, a layer norm over the d units and a linear layer, then softmax cross-entropy:
+Behind unit u come an elementwise φ, a layer norm over the d units, a linear layer and softmax cross-entropy:
 
     a = φ(z),   y = γ (a − m) / s + β,   o = W y + b,   s² = v + ε.
 
@@ -9,12 +9,13 @@ If a_u moves by D, the mean moves by D/d and the variance by Δv = (2 D (a_u −
     o' − o = r A + q V_u   with   r = s/s' − 1 = −Δv / (s' (s + s')),   q = D / s',
 
 and A = o − (W β + b), V_u = (W γ)_u − mean over all units of it. A root-mean-square norm has no mean: m = 0,
-Δv = (2 D a_u + D²) / d, V_u = (W γ)_u. Two numbers of each entry give the move of all its logits, and as for one number
-(`cross_entropy`) the change of the loss is a series of cumulants, here of the pair (A_k, V_uk) under p = softmax(o):
+Δv = (2 D a_u + D²) / d, V_u = (W γ)_u. So two numbers of each entry give the move of all its logits (chapter 9). As for
+one number (`cross_entropy`), the change of the loss is a series, with the cumulants κ_ij i! j! of A_k and V_uk under
+p = softmax(o):
 
-    log Σ_k p_k exp(r A_k + q V_uk) − (r A_y + q V_uy) = Σ_ij r^i q^j κ_ij,  less the second term.
+    log Σ_k p_k exp(r A_k + q V_uk) − (r A_y + q V_uy) = Σ_ij r^i q^j κ_ij − (r A_y + q V_uy).
 
-The units see each other through m and s only, so this costs a few numbers an entry, where running a row costs d C.
+An entry costs a few numbers, where running its row costs d C.
 """
 
 from inspect import signature
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from zo_tutorial.queries.cost import CACHED
 from zo_tutorial.queries.cross_entropy import order_of
-from zo_tutorial.queries.recording import TENSOR_LAYERS, Call, Recording
+from zo_tutorial.queries.recording import TENSOR_LAYERS, Call
 from zo_tutorial.queries.rows import SHARE, Places, TailRows, run
 from zo_tutorial.queries.sensitivity import matrix
 from zo_tutorial.queries.way import Unsuitable
@@ -35,25 +36,26 @@ PASSES = 60  # over all units and rows, that one value of f takes
 Pair = tuple[int, int]
 
 
-class NormRows(TailRows):
-    """f in front of a norm and a linear layer. Where the series does not suffice, rows are run as in `TailRows`.
+class NormRows:
+    """f in front of a norm and a linear layer. Where the series does not suffice, the rows of `tail` are run.
 
     Raises:
         Unsuitable: something else comes behind the layer.
     """
 
-    def __init__(self, recording: Recording, call: Call, z: Tensor):
-        super().__init__(recording, call, z)
-        if len(self.behind) != 2:
+    def __init__(self, tail: TailRows):
+        self.tail, self.z, self.rows, self.shares = tail, tail.z, tail.rows, tail.shares
+        if len(tail.behind) != 2:
             raise Unsuitable("no norm and linear layer follow")
-        self.centred, gamma, beta, eps = _norm(self.behind[0])
-        last, d = self.behind[1].layer, len(self.z)
+        self.centred, gamma, beta, eps = _norm(tail.behind[0])
+        last, d = tail.behind[1].layer, len(self.z)
         assert isinstance(last, (nn.Linear, *TENSOR_LAYERS))
-        a = run(self.activations, self.z.T.clone())  # (B, d)
-        o = run(self.behind, a).T.double()  # (C, B)
+        a = run(tail.activations, self.z.T.clone())  # (B, d)
+        o = run(tail.behind, a).T.double()  # (C, B)
         shift = a.new_zeros(1, d) if beta is None else beta[None]
-        of_units = o - run(self.behind[1:], shift).T  # A, (C, B)
-        self.A = of_units - of_units.gather(0, self.cross_entropy.targets[None])  # so that A_y = 0
+        self.targets = tail.cross_entropy.targets
+        of_units = o - run(tail.behind[1:], shift).T  # A, (C, B)
+        self.A = of_units - of_units.gather(0, self.targets[None])  # so that A_y = 0
         weight = (matrix(last) if gamma is None else matrix(last) * gamma).double()  # (C, d)
         self.V = weight - weight.mean(1, keepdim=True) if self.centred else weight
         self.a = a.T.double() - a.T.double().mean(0) if self.centred else a.T.double()  # a − m, (d, B)
@@ -63,12 +65,11 @@ class NormRows(TailRows):
         self.moments: dict[Pair, Tensor] = {}  # E A^i V^j / (i! j!), (d, B), or (1, B) for j = 0
         self.cumulants: dict[Pair, Tensor] = {}
         self.terms: dict[Pair, Tensor] = {}  # the cumulants, less A_y and V_y in the first ones
-        self.rounding_of_rows, self.rounding = self.rounding, 0.0
-        self.seconds = PASSES * z.element_size() / CACHED
+        self.rounding, self.seconds = 0.0, PASSES * self.z.element_size() / CACHED
 
     def changes(self, at: Places, change: Tensor) -> Tensor:
         z, d = self.z[at].double(), len(self.z)
-        moved = run(self.activations, z + change) - run(self.activations, z.clone())  # D
+        moved = run(self.tail.activations, z + change) - run(self.tail.activations, z.clone())  # D
         a, square = (self.a, self.square) if at is ... else (self.a[at], self.square[at[1]])
         more = moved * (2 * a + moved * (1 - 1 / d if self.centred else 1.0)) / d  # Δv
         s, after = square.sqrt(), (square + more).sqrt()
@@ -76,8 +77,8 @@ class NormRows(TailRows):
         reach = r.abs().max().item() * self.size[0] + q.abs().max().item() * self.size[1]
         order = order_of(reach, SHARE[change.dtype])
         if order is None:
-            self.rounding = self.rounding_of_rows
-            return super().changes(at, change)
+            self.rounding = self.tail.rounding
+            return self.tail.changes(at, change)
         total = torch.zeros_like(change)
         for i in range(order, -1, -1):  # Horner's scheme in r, and in q for each power of r
             inner = torch.zeros_like(change)
@@ -89,7 +90,7 @@ class NormRows(TailRows):
     def _term(self, i: int, j: int, at: Places) -> Tensor:
         """κ_ij at some places, less A_y = 0 or V_y in the first ones."""
         if (i, j) not in self.terms:
-            first = self.V[self.cross_entropy.targets].T if (i, j) == (0, 1) else 0.0
+            first = self.V[self.targets].T if (i, j) == (0, 1) else 0.0
             self.terms[i, j] = (self._cumulant(i, j) - first).to(self.z).expand(self.z.shape)  # (d, B)
         return self.terms[i, j][at]
 

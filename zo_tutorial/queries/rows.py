@@ -1,7 +1,8 @@
 """What one unit of one sample does to the loss, where no sample sees another one: f_ib(δ) = L(z_ib + δ) − L.
 
 `sums` asks for it. A sample is a row of the layer's output, such as a word of a sentence. If an activation and a linear
-head follow, a few cumulants give f (`SeriesRows`); else the rows run through what follows (`TailRows`).
+head follow, a few cumulants give f (`SeriesRows`); else the rows run through what follows (`TailRows`), unless that
+is a norm and a head (`norm_rows`).
 """
 
 from itertools import takewhile

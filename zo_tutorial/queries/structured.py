@@ -240,11 +240,11 @@ class Probe:
         """What one unit of one row does to the loss. Raises Unsuitable where rows depend on each other."""
         if self.head is not None and self.series is not None:
             return SeriesRows(self.head, self.series, self.z)
-        given = self.recording, self.recording.call_of(self.layer), self.z
+        tail = TailRows(self.recording, self.recording.call_of(self.layer), self.z)
         try:
-            return NormRows(*given)
+            return NormRows(tail)
         except Unsuitable:
-            return TailRows(*given)
+            return tail
 
     def _many(self, asked: int) -> bool:
         """Whether to sum first: many losses for each unit, all units with the same inputs."""
