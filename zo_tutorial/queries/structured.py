@@ -21,6 +21,8 @@ gains little: most operations are too short to share):
 - Encoder of two blocks 128 wide, one-sided, 32 sentences of 12 words: flops. A query of the first block multiplies 50
   to 70 million times, of the second 13 to 32 million: 1.2 to 1.6 and 0.3 to 0.7 ms; normalisation, GELU, attention and
   cross-entropy take 0.3 and 0.2 ms. Measured: 1.4 to 1.8 times their sum.
+- A dense layer 128 wide in front of a norm and 121 tags, 224 words: dispatch. 3,277 queries take 11 ms by the series of
+  `norm_rows`, 118 by running the rows of `sums`, 600 one by one.
 - `sign`: dispatch. A look is some forty operations for a dozen coordinates or two (`walk`): 22 µs a coordinate of the
   dense net, 80 of the TTM net, of which 25 are for the recordings that each core begins with.
 
