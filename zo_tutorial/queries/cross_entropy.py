@@ -112,9 +112,9 @@ class Series:
 def order_of(x: float, share: float) -> int | None:
     """The order at which Σ_m D^m κ_m can be cut where D w is up to x in size, with an error below that share of x.
 
-    Where D w is at most 1 in size, also for complex D, E exp(D w) lies between e and e⁻¹ cos 1 from 0, in the half plane
-    around 1: its logarithm is at most 2. So by Cauchy's estimate D^m κ_m is at most 2 x^m in size, and what is cut at
-    most 4 x^(order + 1).
+    Where D w is at most 1 in size, also for complex D, E exp(D w) lies between e and e⁻¹ cos 1 from 0, in the half
+    plane around 1: its logarithm is at most 2. So by Cauchy's estimate D^m κ_m is at most 2 x^m in size, and what is
+    cut at most 4 x^(order + 1).
     """
     for order in range(1, ORDERS + 1) if x < 0.5 else ():
         if 4 * x**order <= share:
