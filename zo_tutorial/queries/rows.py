@@ -163,6 +163,7 @@ class TailRows:
 
 
 def run(calls: list[Call], x: Tensor) -> Tensor:
+    """What some calls, one after the other, make of rows (M, units)."""
     for call in calls:
         x = call.again({id(call.args[0]): x}, None)
     return x
